@@ -1,30 +1,44 @@
 """The Trainer of every sequence-to-sequence model here: a loss of several parts, and evaluation by generation."""
 
-import os
-import shutil
-from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from transformers.utils import logging
+from transformers.trainer_utils import EvalLoopOutput
 
-from .arguments import ReasoningTrainingArguments
-from .errors import UserError
+from .arguments import RunTrainingArguments
+from .run_trainer import RunTrainer
 
-logger = logging.get_logger(__name__)
-
-LOSS_PARTS = ("cross_entropy_loss", "orthogonality_loss", "step_cost_loss")
+LOSS_PARTS = ("cross_entropy", "orthogonality", "step_cost")
 
 
-class AdaptiveReasoningTrainer(Trainer):
-    """`transformers.Trainer` for models that reason in steps, and for the Transformers they are compared with.
+@dataclass
+class ReasoningTrainingArguments(RunTrainingArguments):
+    """[`RunTrainingArguments`] with the schedule of the step cost."""
+
+    step_cost_start: float = field(
+        default=0.0,
+        metadata={"help": "Share of training, in [0, 1], after which the cost of reasoning steps sets in."},
+    )
+    step_cost_ramp: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of training, in [0, 1], over which the cost grows linearly from 0 to the configuration's "
+            "`step_cost_weight`."
+        },
+    )
+
+    @classmethod
+    def ranges(cls):
+        return dict.fromkeys(("step_cost_start", "step_cost_ramp"), (lambda value: 0 <= value <= 1, "lie in [0, 1]"))
+
+
+class AdaptiveReasoningTrainer(RunTrainer):
+    """The Trainer for models that reason in steps, and for the Transformers they are compared with.
 
     - **Loss.** The model returns cross-entropy, orthogonality and step-cost parts, each scaled so that parts summed
       over the micro-batches of one update are the parts of the whole batch, whatever the numbers of targets in each.
@@ -52,8 +66,6 @@ class AdaptiveReasoningTrainer(Trainer):
         config = self.accelerator.unwrap_model(self.model).config
         self._step_cost_weight = getattr(config, "step_cost_weight", None)
         self._num_sequences_in_batch: torch.Tensor | int | None = None
-        self._loss_parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._loss_parts_since: int | None = None
 
     @property
     def reasons_in_steps(self) -> bool:
@@ -89,24 +101,15 @@ class AdaptiveReasoningTrainer(Trainer):
             # As for the loss: counts over all processes call for a sum over them, and the log takes their mean.
             counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
             scale = self.accelerator.num_processes if counted_together else 1
-            if self._loss_parts_since is None:
-                self._loss_parts_since = self.state.global_step
             for name in LOSS_PARTS:
-                part = outputs.get(name)
+                part = outputs.get(f"{name}_loss")
                 if part is not None:
-                    self._loss_parts[name] += part.detach().float() * scale
+                    self.note_loss_part(name, part * scale)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._loss_parts and self._loss_parts_since is not None:
-            updates = max(1, self.state.global_step - self._loss_parts_since)
-            self._loss_parts_since = None
-            for name, total in self._loss_parts.items():
-                value = self.accelerator.gather(total.reshape(1)).mean().item() / updates
-                logs[name.removesuffix("_loss")] = value
-                total.zero_()
-            if self.reasons_in_steps and self._step_cost_weight:
-                logs["step_cost_weight"] = self.step_cost_weight()
+        if "loss" in logs and self.reasons_in_steps and self._step_cost_weight:
+            logs["step_cost_weight"] = self.step_cost_weight()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -166,57 +169,3 @@ class AdaptiveReasoningTrainer(Trainer):
         if targets.sum() > 0:
             metrics[f"{metric_key_prefix}_loss"] = float(losses.sum(dtype=np.float64) / targets.sum())
         return output._replace(predictions=cast(Any, (tokens, steps)), metrics=metrics)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the card of a finished run; the library's own template is never used.
-
-        `Trainer` calls this when it pushes. Before the run is finished there are no results to tell, and no card.
-        """
-        from model_cards.card import write_card
-
-        if self.is_world_process_zero() and (self.run_dir / "metrics.json").exists():
-            write_card(self.run_dir)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's output folder."""
-        assert self.args.output_dir is not None  # the arguments fill in a default
-        return Path(self.args.output_dir)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        # A tied weight is stored once; the library would report its other names as missing.
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result)
-
-    def _load_best_model(self) -> None:
-        # The state stores the path the run had when the checkpoint was written; the folder may have moved since.
-        assert self.state.best_model_checkpoint is not None  # the library calls this only if there is one
-        stored = Path(self.state.best_model_checkpoint)
-        moved = self.run_dir / stored.name
-        if not stored.exists():
-            if not moved.exists():
-                raise UserError(f"{moved}: the best checkpoint of the run is gone; restore it, or use --overwrite")
-            self.state.best_model_checkpoint = str(moved)
-        super()._load_best_model()
-
-
-def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run that was written to its end; unfinished ones are deleted.
-
-    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
-
-    Args:
-        run_dir: a run's output folder.
-
-    Returns:
-        The checkpoint's path, or `None` if the run has none yet.
-    """
-    while (checkpoint := get_last_checkpoint(str(run_dir))) is not None:
-        try:
-            TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-            return checkpoint
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"{checkpoint} was not written to its end and is dropped")
-            shutil.rmtree(checkpoint)
-    return None

@@ -7,77 +7,81 @@ name stands in two sections, `--training.max_steps 5`. Values on the command lin
 | section | fields |
 |---|---|
 | `model` | `model_type`, optionally `pretrained`, and any field of that architecture's configuration |
-| `task` | [`TaskArguments`][trainers.tasks.TaskArguments]: name, data source, sizes, the task's own `options` |
-| `tokenizer` | [`TokenizerArguments`] |
-| `training` | [`ReasoningTrainingArguments`]: everything of `transformers.TrainingArguments`, and our own fields |
-| `evaluation` | [`EvaluationArguments`] |
+| `task` | name, data source, sizes, the task's own `options` |
+| `tokenizer` | where the tokenizer comes from, for models that read text |
+| `training` | everything of `transformers.TrainingArguments`, and our own fields |
+| `evaluation` | how the finished model is measured |
+
+The architecture decides which fields the last four have, see [`Kind`].
 """
 
 import argparse
 import contextlib
 import dataclasses
 import enum
+import importlib
 import inspect
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
-import hf_models
+import hf_models  # noqa: F401  (registers the architectures)
 
 from .errors import UserError, did_you_mean
-from .tasks import TaskArguments
 
-# What a validation split gives to choose the best checkpoint by.
-SELECTION_METRICS = ("accuracy", "loss")
+if TYPE_CHECKING:
+    from .run import TrainingRun
+
 SECTIONS = ("model", "task", "tokenizer", "training", "evaluation")
+# The modules that define a kind of run each, see `Kind`. The first one's fields are those that `--help` lists.
+KIND_MODULES = ("sequence_to_sequence",)
 
 
-@strict
-@dataclass(kw_only=True)
-class TokenizerArguments:
-    """Where the tokenizer comes from."""
+@dataclass(frozen=True)
+class Kind:
+    """What a family of architectures is trained on, and how. A module of [`KIND_MODULES`] holds one as `KIND`.
 
-    name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a tokenizer. Without it one is trained on the train split."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Hub revision of the named tokenizer."})
-    vocab_size: int = field(default=8000, metadata={"help": "Largest vocabulary of a trained tokenizer."})
+    Attributes:
+        name: the module's name.
+        model_types: the architectures.
+        sections: the dataclass of every section of a recipe but `model`, by the section's name.
+        run: the class that takes such a recipe from data to run folder.
+        metrics: what `training.metric_for_best_model` may name; the first is the default. Of a metric whose name ends
+            in `loss` or `error` less is better.
+    """
 
-    def validate_revision(self) -> None:
-        if self.revision is not None and self.name_or_path is None:
-            raise ValueError("tokenizer.revision is set, but tokenizer.name_or_path is not")
+    name: str
+    model_types: tuple[str, ...]
+    sections: Mapping[str, type]
+    run: "type[TrainingRun]"
+    metrics: tuple[str, ...]
+
+
+def kinds() -> list[Kind]:
+    """All kinds, the default one first."""
+    return [importlib.import_module(f".{module}", __package__).KIND for module in KIND_MODULES]
 
 
 @strict
 @dataclass(kw_only=True)
 class EvaluationArguments:
-    """How predictions are made and scored."""
+    """How predictions are scored."""
 
-    num_beams: int = field(default=1, metadata={"help": "Beams of the search that generates an answer; 1 is greedy."})
     confidence: float | int = field(default=0.95, metadata={"help": "Confidence level of the reported intervals."})
-    max_reasoning_steps: int | None = field(
-        default=None,
-        metadata={"help": "Upper bound of reasoning steps at evaluation; default is the configuration's."},
-    )
 
-    def validate_ranges(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"evaluation.num_beams is {self.num_beams}; it must be at least 1")
-        if self.max_reasoning_steps is not None and self.max_reasoning_steps < 1:
-            raise ValueError(f"evaluation.max_reasoning_steps is {self.max_reasoning_steps}; it must be at least 1")
+    def validate_confidence(self) -> None:
         if not 0 < self.confidence < 1:
             raise ValueError(f"evaluation.confidence is {self.confidence}; it must lie between 0 and 1")
 
@@ -133,19 +137,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: value >= 0, "not be negative"),
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "lie in [0, 1)")),
-    **dict.fromkeys(("step_cost_start", "step_cost_ramp"), (lambda value: 0 <= value <= 1, "lie in [0, 1]")),
     **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "lie in [0, 2**32)")),
     "max_steps": (lambda value: value >= 1 or value == -1, "be at least 1, or -1 to count epochs"),
-    "metric_for_best_model": (
-        lambda value: value.removeprefix("eval_") in SELECTION_METRICS,
-        f"be one of {', '.join(SELECTION_METRICS)}",
-    ),
 }
 
 
 @dataclass
-class ReasoningTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the schedule of the step cost and early stopping.
+class RunTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with early stopping.
 
     Changed defaults: a log every 10 steps, warm-up over 5 % of training, at most two checkpoints kept, callback states
     restored on resume. One process drives one device: several GPUs are used through `accelerate launch`.
@@ -166,20 +165,9 @@ class ReasoningTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations without a better validation metric. Default: never."},
     )
-    step_cost_start: float = field(
-        default=0.0,
-        metadata={"help": "Share of training, in [0, 1], after which the cost of reasoning steps sets in."},
-    )
-    step_cost_ramp: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of training, in [0, 1], over which the cost grows linearly from 0 to the configuration's "
-            "`step_cost_weight`."
-        },
-    )
 
     def __post_init__(self):
-        for name, (accepts, rule) in _RANGES.items():
+        for name, (accepts, rule) in {**_RANGES, **self.ranges()}.items():
             value = getattr(self, name)
             if value is not None and not accepts(value):
                 raise ValueError(f"training.{name} is {value}; it must {rule}")
@@ -193,6 +181,11 @@ class ReasoningTrainingArguments(TrainingArguments):
         super().__post_init__()
         # With several GPUs in sight and no launcher the library would fall back to `DataParallel`.
         self._n_gpu = min(self.n_gpu, 1)
+
+    @classmethod
+    def ranges(cls) -> dict[str, tuple[Callable[[Any], bool], str]]:
+        """For fields of a subclass: field name -> a test of its value, and the rule in words ("be at least 1")."""
+        return {}
 
 
 # Fields that only name where a run lives or how it is shown. They may differ between a run and its resumption, and are
@@ -215,56 +208,60 @@ class Recipe:
 
     Attributes:
         path: the YAML file it came from.
-        config: the model's configuration, without the token ids and vocabulary size that the tokenizer decides.
+        kind: what sort of run it describes.
+        model_values: the model's configuration as written, without what tokenizer or task decide.
         pretrained: folder or Hub id whose weights training starts from, or `None` to start from scratch.
-        training_values: the `training` section as written (YAML and command line), before defaults.
+        task, tokenizer, evaluation: those sections; `tokenizer` is `None` for a kind that has none.
+        training, training_values: the `training` section, and what was written of it (YAML and command line).
         resume, overwrite, debug: what the command line said.
     """
 
     path: Path
+    kind: Kind
     model_type: str
     model_values: dict[str, Any]
     pretrained: str | None
     pretrained_revision: str | None
     trust_remote_code: bool
-    task: TaskArguments
-    tokenizer: TokenizerArguments
-    training: ReasoningTrainingArguments
+    task: Any
+    tokenizer: Any
+    training: Any
     training_values: dict[str, Any]
-    evaluation: EvaluationArguments
+    evaluation: Any
     output_dir: Path
     resume: bool = False
     overwrite: bool = False
     debug: bool = False
 
-    def model_config(self, **tokenizer_values: Any) -> PreTrainedConfig:
+    def model_config(self, decided_by: str = "tokenizer", **decided: Any) -> PreTrainedConfig:
         """Build the model's configuration.
 
         Args:
-            tokenizer_values: `vocab_size` and token ids that the tokenizer decides. A value in the recipe for one of
-                them is an error unless it agrees.
+            decided_by: what decides the values that follow.
+            decided: fields that tokenizer or task decide. A value in the recipe for one of them is an error unless it
+                agrees.
         """
-        for name, value in tokenizer_values.items():
+        for name, value in decided.items():
             if name in self.model_values and self.model_values[name] != value:
                 raise UserError(
-                    f"model.{name}: the recipe says {self.model_values[name]!r}, the tokenizer {value!r}; leave it out"
+                    f"model.{name}: the recipe says {self.model_values[name]!r}, the {decided_by} {value!r}; "
+                    "leave it out"
                 )
         with user_errors_from_validation("model"):
-            return AutoConfig.for_model(self.model_type, **{**self.model_values, **tokenizer_values})
+            return AutoConfig.for_model(self.model_type, **{**self.model_values, **decided})
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values, ready for YAML."""
         model: dict[str, Any] = {"model_type": self.model_type}
         if self.pretrained:
             model |= {"pretrained": self.pretrained, "pretrained_revision": self.pretrained_revision}
-        training = {k: v for k, v in self.training_values.items() if k not in UNRECORDED_FIELDS}
-        return {
-            "model": model | self.model_values,
-            "task": dataclasses.asdict(self.task),
-            "tokenizer": dataclasses.asdict(self.tokenizer),
-            "training": training,
-            "evaluation": dataclasses.asdict(self.evaluation),
+        sections = {
+            name: {k: v for k, v in self.training_values.items() if k not in UNRECORDED_FIELDS}
+            if name == "training"
+            else dataclasses.asdict(getattr(self, name))
+            for name in self.kind.sections
         }
+        return {"model": model | self.model_values} | sections
 
 
 class user_errors_from_validation:
@@ -374,13 +371,22 @@ def model_fields(model_type: str) -> dict[str, Any]:
     return inspect.get_annotations(type(AutoConfig.for_model(model_type)))
 
 
-def _own_model_types() -> list[str]:
-    """The architectures of this package that read a sequence and write one, which is what this command trains."""
-    configs = AutoModelForSeq2SeqLM._model_mapping._extra_content
-    return sorted(config.model_type for config in configs if config.__module__.startswith(f"{hf_models.__name__}."))
+def kind_of(model_type: str) -> Kind:
+    """The kind of run that trains an architecture.
+
+    Raises:
+        UserError: for an unknown one, naming the nearest.
+    """
+    known = {name: kind for kind in kinds() for name in kind.model_types}
+    if model_type not in known:
+        raise UserError(
+            f"model.model_type: unknown architecture {model_type!r}{did_you_mean(str(model_type), list(known))}; "
+            f"known: {', '.join(sorted(known))}"
+        )
+    return known[model_type]
 
 
-def section_fields(section: str, model_type: str | None) -> dict[str, Any]:
+def section_fields(section: str, kind: Kind, model_type: str | None) -> dict[str, Any]:
     """Field name -> type of a section."""
     if section == "model":
         extra = {
@@ -390,27 +396,16 @@ def section_fields(section: str, model_type: str | None) -> dict[str, Any]:
             "trust_remote_code": bool,
         }
         return extra | (model_fields(model_type) if model_type else {})
-    dataclass_type = {
-        "task": TaskArguments,
-        "tokenizer": TokenizerArguments,
-        "training": ReasoningTrainingArguments,
-        "evaluation": EvaluationArguments,
-    }[section]
-    hints = typing.get_type_hints(dataclass_type)
+    hints = typing.get_type_hints(kind.sections[section])
     refused = REFUSED_FIELDS if section == "training" else {}
-    return {f.name: hints[f.name] for f in dataclasses.fields(dataclass_type) if f.init and f.name not in refused}
+    fields = dataclasses.fields(kind.sections[section])
+    return {option.name: hints[option.name] for option in fields if option.init and option.name not in refused}
 
 
-def _help_of(section: str, name: str) -> str:
-    dataclass_type = {
-        "task": TaskArguments,
-        "tokenizer": TokenizerArguments,
-        "training": ReasoningTrainingArguments,
-        "evaluation": EvaluationArguments,
-    }.get(section)
-    if dataclass_type is None:
+def _help_of(section: str, name: str, kind: Kind) -> str:
+    if section == "model":
         return "Field of the model's configuration."
-    found = next(f for f in dataclasses.fields(dataclass_type) if f.name == name)
+    found = next(option for option in dataclasses.fields(kind.sections[section]) if option.name == name)
     text = " ".join(str(found.metadata.get("help", "")).split())
     return text if section != "training" else text.replace("%", "%%").replace("%%%%", "%%")
 
@@ -503,15 +498,9 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
     if named is not None:
         values = load_yaml(Path(named))
     model_type = known.model_type or values.get("model", {}).get("model_type")
-    if model_type is not None:
-        own = _own_model_types()
-        if model_type not in own:
-            raise UserError(
-                f"model.model_type: unknown architecture {model_type!r}{did_you_mean(str(model_type), own)}; "
-                f"known: {', '.join(own)}"
-            )
-
-    fields = {section: section_fields(section, model_type) for section in SECTIONS}
+    kind = kinds()[0] if model_type is None else kind_of(model_type)
+    sections = ("model", *kind.sections)
+    fields = {section: section_fields(section, kind, model_type) for section in sections}
     owners: dict[str, list[str]] = {}
     for section, names in fields.items():
         for name in names:
@@ -528,7 +517,7 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
     existing.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for section in SECTIONS:
+    for section in sections:
         group = parser.add_argument_group(section)
         for name, expected in fields[section].items():
             flags = [f"--{section}.{name}"]
@@ -540,7 +529,7 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
                 dest=f"{section}.{name}",
                 default=argparse.SUPPRESS,
                 metavar=_show_type(expected).replace("%", "%%"),
-                help=_help_of(section, name),
+                help=_help_of(section, name, kind),
                 **optional_value,
             )
     namespace, unknown = parser.parse_known_args(argv)
@@ -552,7 +541,7 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
             raise UserError(f"--{name}: the name stands in several sections; write {choices}")
         if name.removeprefix("training.") in REFUSED_FIELDS:
             raise UserError(_refusal(name.removeprefix("training.")))
-        everything = [*owners, *(f"{section}.{n}" for section in SECTIONS for n in fields[section])]
+        everything = [*owners, *(f"{section}.{n}" for section in sections for n in fields[section])]
         raise UserError(f"unknown option {unknown[0]!r}{did_you_mean(name, everything)}")
     if namespace.recipe != named:
         raise UserError(f"{named!r} or {namespace.recipe!r}: give the recipe before the options")
@@ -560,13 +549,18 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
         section, _, name = key.partition(".")
         if name:
             values.setdefault(section, {})[name] = _from_command_line(raw, fields[section][name])
-    return _build(Path(namespace.recipe), values, fields, namespace)
+    return _build(Path(namespace.recipe), kind, values, fields, namespace)
 
 
-def _build(path: Path, values: dict[str, dict[str, Any]], fields: dict, namespace: argparse.Namespace) -> Recipe:
+def _build(
+    path: Path, kind: Kind, values: dict[str, dict[str, Any]], fields: dict, namespace: argparse.Namespace
+) -> Recipe:
     if values.get("model", {}).get("model_type") is None:
-        raise UserError(f"{path}: model.model_type is missing; choose one of {', '.join(_own_model_types())}")
-    for section in SECTIONS:
+        known = sorted(name for each in kinds() for name in each.model_types)
+        raise UserError(f"{path}: model.model_type is missing; choose one of {', '.join(known)}")
+    for section in values:
+        if section not in fields:
+            raise UserError(f"{path}: a {values['model']['model_type']} has no section {section!r}; leave it out")
         for name, value in values.get(section, {}).items():
             if section == "training" and name in REFUSED_FIELDS:
                 raise UserError(_refusal(name))
@@ -585,29 +579,27 @@ def _build(path: Path, values: dict[str, dict[str, Any]], fields: dict, namespac
         raise UserError(f"model.{next(iter(model))}: model.pretrained brings its own configuration; leave it out")
     training_values = dict(values.get("training", {}))
     output_dir = Path(os.path.expanduser(training_values.get("output_dir") or Path("outputs") / default_run_name(path)))
-    with user_errors_from_validation("task"):
-        task = TaskArguments(**values["task"])
-    with user_errors_from_validation("tokenizer"):
-        tokenizer = TokenizerArguments(**values.get("tokenizer", {}))
-    with user_errors_from_validation("evaluation"):
-        evaluation = EvaluationArguments(**values.get("evaluation", {}))
+    built: dict[str, Any] = {"tokenizer": None}
+    for section, arguments in kind.sections.items():
+        if section != "training":
+            with user_errors_from_validation(section):
+                built[section] = arguments(**values.get(section, {}))
     check_precision(training_values)
     return Recipe(
         path=path,
+        kind=kind,
         model_type=model_type,
         pretrained=pretrained,
         pretrained_revision=pretrained_revision,
         trust_remote_code=trust_remote_code,
         model_values=model,
-        task=task,
-        tokenizer=tokenizer,
-        training=build_training_arguments(training_values, output_dir),
+        training=build_training_arguments(kind, training_values, output_dir),
         training_values=training_values,
-        evaluation=evaluation,
         output_dir=output_dir,
         resume=namespace.resume,
         overwrite=namespace.overwrite,
         debug=namespace.debug,
+        **built,
     )
 
 
@@ -638,22 +630,26 @@ def check_precision(training: dict[str, Any]) -> None:
             raise UserError("training.bf16: this GPU has no bf16; use fp16 or leave it out")
 
 
-def build_training_arguments(values: dict[str, Any], output_dir: Path) -> ReasoningTrainingArguments:
-    """`ReasoningTrainingArguments` from a section's values; the library's own complaints become one line."""
+def build_training_arguments(kind: Kind, values: dict[str, Any], output_dir: Path) -> RunTrainingArguments:
+    """A kind's training arguments from a section's values; the library's own complaints become one line."""
     values = {k: v for k, v in values.items() if k != "output_dir"}
+    metric = values.get("metric_for_best_model")
+    if metric is not None and metric.removeprefix("eval_") not in kind.metrics:
+        raise UserError(f"training.metric_for_best_model is {metric}; it must be one of {', '.join(kind.metrics)}")
     patience = values.get("early_stopping_patience")
     best = values.get("load_best_model_at_end", patience is not None)
     values["load_best_model_at_end"] = best
     if best or patience is not None:
         wish = "load_best_model_at_end" if best else "early_stopping_patience"
-        values.setdefault("metric_for_best_model", "accuracy")
+        metric = values.setdefault("metric_for_best_model", kind.metrics[0])
+        values.setdefault("greater_is_better", not metric.endswith(("loss", "error")))
         if values.setdefault("eval_strategy", "epoch") == "no":
             raise UserError(f"training.eval_strategy is no, but {wish} needs evaluations")
         values.setdefault("save_strategy", values["eval_strategy"])
         if values["eval_strategy"] == "steps" and "eval_steps" in values:
             values.setdefault("save_steps", values["eval_steps"])
     with user_errors_from_validation("training"):
-        arguments = ReasoningTrainingArguments(output_dir=str(output_dir), **values)
+        arguments = kind.sections["training"](output_dir=str(output_dir), **values)
     # The library takes a multiple; but then the best evaluation may be of weights that were never saved.
     if best and arguments.save_strategy == "steps" and arguments.save_steps != arguments.eval_steps:
         raise UserError(

@@ -8,9 +8,9 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_models.connection_transformer import ConnectionTransformerConfig, ConnectionTransformerForConditionalGeneration
 from hf_models.vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
-from trainers.adaptive_reasoning_trainer import AdaptiveReasoningTrainer, last_complete_checkpoint
-from trainers.arguments import ReasoningTrainingArguments
+from trainers.adaptive_reasoning_trainer import AdaptiveReasoningTrainer, ReasoningTrainingArguments
 from trainers.errors import UserError
+from trainers.run_trainer import last_complete_checkpoint
 from trainers.tasks import TaskArguments, get_task
 
 WEIGHTS = {"orthogonality_weight": 0.3, "step_cost_weight": 0.5}

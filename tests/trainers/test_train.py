@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from trainers.files import json_text
-from trainers.train import TrainingRun, main
+from trainers.run import TrainingRun
+from trainers.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {

@@ -1,0 +1,268 @@
+"""Runs of models that read a text and write one: tasks of examples with prompt and target, scored by generation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from .adaptive_reasoning_trainer import LOSS_PARTS, AdaptiveReasoningTrainer, ReasoningTrainingArguments
+from .arguments import EvaluationArguments, Kind, Recipe, one_line, user_errors_from_validation
+from .errors import UserError
+from .evaluation import accuracy_metric, decode_predictions, score_predictions, score_trivial, summarise
+from .run import Evaluation, TrainingRun, say
+from .tasks import Example, Task, TaskArguments, get_task
+
+
+@strict
+@dataclass(kw_only=True)
+class TokenizerArguments:
+    """Where the tokenizer comes from."""
+
+    name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a tokenizer. Without it one is trained on the train split."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Hub revision of the named tokenizer."})
+    vocab_size: int = field(default=8000, metadata={"help": "Largest vocabulary of a trained tokenizer."})
+
+    def validate_revision(self) -> None:
+        if self.revision is not None and self.name_or_path is None:
+            raise ValueError("tokenizer.revision is set, but tokenizer.name_or_path is not")
+
+
+@strict
+@dataclass(kw_only=True)
+class GenerationArguments(EvaluationArguments):
+    """How predictions are made and scored."""
+
+    num_beams: int = field(default=1, metadata={"help": "Beams of the search that generates an answer; 1 is greedy."})
+    max_reasoning_steps: int | None = field(
+        default=None,
+        metadata={"help": "Upper bound of reasoning steps at evaluation; default is the configuration's."},
+    )
+
+    def validate_ranges(self) -> None:
+        if self.num_beams < 1:
+            raise ValueError(f"evaluation.num_beams is {self.num_beams}; it must be at least 1")
+        if self.max_reasoning_steps is not None and self.max_reasoning_steps < 1:
+            raise ValueError(f"evaluation.max_reasoning_steps is {self.max_reasoning_steps}; it must be at least 1")
+
+
+class EncodedExamples(Dataset):
+    """A map-style dataset of encoded examples; the encoding is done once, up front, and its truncations counted."""
+
+    def __init__(self, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase):
+        self.features = [task.encode(example, tokenizer) for example in examples]
+        self.truncated = task.truncated(examples)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {**self.features[index], "attention_mask": [1] * len(self.features[index]["input_ids"])}
+
+
+def make_tokenizer(recipe: Recipe, task: Task, train: Sequence[Example]) -> PreTrainedTokenizerBase:
+    """The recipe's named tokenizer, or one trained on the train split alone.
+
+    Raises:
+        UserError: if the named one cannot be loaded or lacks a special token the models need.
+    """
+    name = recipe.tokenizer.name_or_path or recipe.pretrained
+    if name is None:
+        return task.build_tokenizer(train, recipe.tokenizer.vocab_size)
+    named = recipe.tokenizer.name_or_path is not None
+    field = "tokenizer.name_or_path" if named else "model.pretrained"
+    revision = recipe.tokenizer.revision if named else recipe.pretrained_revision
+    trust = recipe.trust_remote_code and not named
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    except Exception as error:  # a damaged file raises whatever its reader happens to meet
+        raise UserError(f"{field}: cannot load the tokenizer of {name!r}: {one_line(error)[:300]}") from error
+    for token in ("pad_token", "eos_token"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"{field}: the tokenizer of {name!r} has no {token}, which source and target need")
+    return tokenizer
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model from the recipe's configuration, or the pretrained one it names.
+
+    Raises:
+        UserError: if it cannot be loaded or built, or does not fit the tokenizer or the task's lengths.
+    """
+    if recipe.pretrained is not None:
+        try:
+            model = AutoModelForSeq2SeqLM.from_pretrained(
+                recipe.pretrained,
+                revision=recipe.pretrained_revision,
+                trust_remote_code=recipe.trust_remote_code,
+                dtype=torch.float32,
+            )
+        except Exception as error:  # a damaged file raises whatever its reader happens to meet
+            raise UserError(f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
+        if model.config.model_type != recipe.model_type:
+            raise UserError(
+                f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a {model.config.model_type}"
+            )
+        known = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > known:
+            raise UserError(
+                f"tokenizer.name_or_path: the tokenizer has {len(tokenizer)} tokens, but the model of "
+                f"{recipe.pretrained!r} knows only {known}"
+            )
+    else:
+        token_ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
+        token_ids |= {"bos_token_id": bos, "decoder_start_token_id": bos}
+        config = recipe.model_config(vocab_size=len(tokenizer), **token_ids)
+        if getattr(config, "decoder_vocab_size", None) not in (None, len(tokenizer)):
+            raise UserError("model.decoder_vocab_size: source and target share the task's tokenizer; leave it out")
+        with user_errors_from_validation("model"):
+            model = AutoModelForSeq2SeqLM.from_config(config)
+    source_length, target_length = recipe.task.max_source_length, recipe.task.max_target_length
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and source_length is not None and target_length is not None:
+        longest = max(source_length, target_length + 1)
+        if longest > limit:
+            raise UserError(
+                f"model.max_position_embeddings is {limit}, but task.max_source_length and max_target_length need "
+                f"{longest}"
+            )
+    bound = recipe.evaluation.max_reasoning_steps
+    most = getattr(model.config, "max_reasoning_steps", None)
+    if bound is not None and most is None:
+        raise UserError(f"evaluation.max_reasoning_steps: a {recipe.model_type} has no reasoning steps; leave it out")
+    if bound is not None and most is not None and bound > most and not getattr(model.config, "share_step_norm", True):
+        raise UserError(
+            f"evaluation.max_reasoning_steps is {bound}, but without model.share_step_norm there are only "
+            f"model.max_reasoning_steps = {most} steps"
+        )
+    return model
+
+
+def results_table(metrics: dict[str, Any]) -> str:
+    """The test result as aligned text: one line per difficulty level, and the total."""
+
+    def cells(label: str, entry: dict[str, Any]) -> list[str]:
+        low, high = entry["accuracy"]["interval"]
+        steps = "-" if entry["mean_steps"] is None else f"{entry['mean_steps']:.2f}"
+        return [label, str(entry["n"]), f"{entry['accuracy']['value']:.3f}", f"[{low:.3f}, {high:.3f}]", steps]
+
+    percent = f"{100 * metrics['accuracy']['confidence']:g} % interval"
+    rows = [["difficulty", "n", "accuracy", percent, "mean steps"]]
+    rows += [cells(str(entry["difficulty"]), entry) for entry in metrics["by_difficulty"] or []]
+    rows.append(cells("all", metrics))
+    trivial = metrics["trivial"]
+    low, high = trivial["accuracy"]["interval"]
+    rows.append(["trivial", str(metrics["n"]), f"{trivial['accuracy']['value']:.3f}", f"[{low:.3f}, {high:.3f}]", "-"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, f"trivial = {trivial['name']}"])
+
+
+class SequenceToSequenceRun(TrainingRun):
+    """A run on a [`Task`][trainers.tasks.Task]."""
+
+    loss_parts = LOSS_PARTS
+    task: Task
+    trainer: AdaptiveReasoningTrainer
+
+    @staticmethod
+    def make_task(arguments: TaskArguments) -> Task:
+        return get_task(arguments)
+
+    def build(self) -> None:
+        recipe, training = self.recipe, self.recipe.training
+        self.splits = {"train": self.task.rows("train"), "validation": self.task.rows("validation")}
+        # Read and encoded now so that a bad row stops the run before training; nothing uses it before the end.
+        self.splits["test"] = self.task.rows("test")
+        set_seed(training.seed)
+        self.tokenizer = make_tokenizer(recipe, self.task, self.splits["train"])
+        self.data = {
+            split: EncodedExamples(self.task, examples, self.tokenizer) for split, examples in self.splits.items()
+        }
+        self.train_examples, self.truncated_inputs = len(self.data["train"]), self.data["train"].truncated
+        set_seed(training.seed)
+        self.model = make_model(recipe, self.tokenizer)
+        self.model.generation_config.max_new_tokens = recipe.task.max_target_length
+        self.model.generation_config.max_length = None
+        self.max_steps = recipe.evaluation.max_reasoning_steps or getattr(
+            self.model.config, "max_reasoning_steps", None
+        )
+        say(
+            f"examples  {', '.join(f'{len(data)} {split}' for split, data in self.data.items())}; "
+            f"{self.truncated_inputs} train inputs cut"
+        )
+        say(
+            f"model     {type(self.model).__name__}, {self.model.num_parameters():,} parameters, "
+            f"vocabulary {len(self.tokenizer)}"
+        )
+        with user_errors_from_validation("training"):
+            self.trainer = AdaptiveReasoningTrainer(
+                model=self.model,
+                args=training,
+                train_dataset=self.data["train"],
+                eval_dataset=self.data["validation"],
+                processing_class=self.tokenizer,
+                data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+                compute_metrics=accuracy_metric(self.task, self.splits["validation"], self.tokenizer),
+                generation_kwargs=self._generation_kwargs(),
+            )
+
+    def _generation_kwargs(self) -> dict[str, Any]:
+        kwargs = {"num_beams": self.recipe.evaluation.num_beams, "do_sample": False}
+        if self.recipe.evaluation.max_reasoning_steps is not None:
+            kwargs["max_reasoning_steps"] = self.recipe.evaluation.max_reasoning_steps
+        return kwargs
+
+    def fingerprint_rows(self) -> Iterable[Any]:
+        for examples in self.splits.values():
+            for example in examples:
+                yield [example.id, example.prompt, example.target]
+
+    def predict(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Generate an answer to each example. Returns the records of `predictions.jsonl` and the split's summary."""
+        self.trainer.compute_metrics = None
+        examples, data = self.splits[split], self.data[split]
+        tokens, steps = cast(tuple[np.ndarray, ...], self.trainer.predict(data).predictions)
+        confidence = float(self.recipe.evaluation.confidence)
+        trivial = score_trivial(self.task, self.task.trivial_predictor(self.splits["train"]), examples, confidence)
+        records = score_predictions(self.task, examples, decode_predictions(tokens, self.tokenizer), steps)
+        return records, summarise(records, confidence, trivial, self.max_steps, data.truncated)
+
+    def evaluate(self) -> Evaluation:
+        _, validation = self.predict("validation")
+        records, test = self.predict("test")
+        example = self.splits["validation"][0]
+        return Evaluation(validation, test, records, {"prompt": example.prompt, "target": example.target})
+
+    @staticmethod
+    def results_table(metrics: dict[str, Any]) -> str:
+        return results_table(metrics["test"])
+
+
+KIND = Kind(
+    name="sequence_to_sequence",
+    model_types=("connection_transformer", "vanilla_transformer"),
+    sections={
+        "task": TaskArguments,
+        "tokenizer": TokenizerArguments,
+        "training": ReasoningTrainingArguments,
+        "evaluation": GenerationArguments,
+    },
+    run=SequenceToSequenceRun,
+    metrics=("accuracy", "loss"),
+)
