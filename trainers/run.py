@@ -299,7 +299,7 @@ class TrainingRun(ABC):
     @staticmethod
     @abstractmethod
     def results_table(metrics: dict[str, Any]) -> str:
-        """The results of `metrics.json` as aligned text."""
+        """The test results of `metrics.json` as aligned text below a line that says what they are."""
 
     def write_reports(self, folder: Path, metrics: dict[str, Any]) -> None:  # noqa: B027 (optional)
         """Write what the kind has to show besides the numbers, below `folder / "internals"`. Here: nothing."""

@@ -251,7 +251,8 @@ class SequenceToSequenceRun(TrainingRun):
 
     @staticmethod
     def results_table(metrics: dict[str, Any]) -> str:
-        return results_table(metrics["test"])
+        title = f"test split, answers by generation ({metrics['task']['metric']}):"
+        return f"{title}\n{results_table(metrics['test'])}"
 
 
 KIND = Kind(

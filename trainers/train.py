@@ -33,8 +33,7 @@ def run(recipe: Recipe, argv: Sequence[str]) -> None:
         on_main_process(lambda: training_run.begin(argv))
         seconds = training_run.train()
         metrics = training_run.finish(seconds)
-    say(f"\ntest split ({metrics['task']['metric']}):")
-    say(recipe.kind.run.results_table(metrics))
+    say(f"\n{recipe.kind.run.results_table(metrics)}")
     say(f"\nrun folder  {folder}\nmodel card  {folder / 'README.md'}")
     say(f"next        python push_to_hub.py {shlex.quote(str(folder))} <user>/<name> --dry-run")
 
