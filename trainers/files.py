@@ -1,11 +1,21 @@
-"""Writing files so that nothing half-written is ever seen."""
+"""Writing files so that nothing half-written is ever seen, and knowing later that they are still what was written."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+
+CHECKSUMS_NAME = "checksums.json"
+LOCK_NAME = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,6 +29,58 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(aside)
         raise
+
+
+def write_checksums(folder: Path, files: Iterable[Path]) -> None:
+    """Note the SHA-256 of files in `checksums.json` of their folder, beside those that are noted there already."""
+    noted = folder / CHECKSUMS_NAME
+    sums = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    write_text(noted, json_text(sums | {path.name: _sha256(path) for path in sorted(files)}))
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The name of a file that is no longer what `checksums.json` of its folder notes, or `None` if all are.
+
+    A folder without notes has none to break.
+    """
+    try:
+        sums = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        damaged = (name for name, noted in sums.items() if _sha256(folder / name) != noted)
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):
+        return CHECKSUMS_NAME
+    try:
+        return next(damaged, None)
+    except OSError as error:
+        return Path(error.filename).name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def only_user_of(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask the same out of a folder. The system frees it if this process is killed.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    lock = FileLock(folder / LOCK_NAME, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder}: another process is at work in this folder; wait for it, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while it is held, so that nobody can wait at a file that is gone.
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        lock.release()
 
 
 def json_text(value: Any) -> str:

@@ -4,6 +4,7 @@ A kind of run (see [`Kind`][trainers.arguments.Kind]) is a subclass of [`Trainin
 Trainer are built and how the finished model is measured.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from . import __version__
 from .arguments import DISPLAY_FIELDS, Recipe, one_line, precision_of, user_errors_from_validation
 from .distributed import on_main_process
 from .errors import UserError
-from .files import json_text, write_text
+from .files import LOCK_NAME, json_text, only_user_of, write_text
 from .run_trainer import RunTrainer, last_complete_checkpoint
 
 
@@ -100,8 +101,12 @@ def say(message: str = "") -> None:
         print(message, flush=True)
 
 
-def prepare_output_dir(recipe: Recipe) -> bool:
-    """Check the output folder against what the command line asked for, and create it.
+def prepare_output_dir(recipe: Recipe, stack: contextlib.ExitStack) -> bool:
+    """Create the output folder and claim it, or check the one that is there against what the command line asked for.
+
+    Args:
+        recipe: the recipe.
+        stack: holds the claim: no other run enters the folder before it is closed.
 
     Returns:
         `True` if it already holds a finished run of this recipe and `--resume` asked to continue it.
@@ -116,9 +121,13 @@ def prepare_output_dir(recipe: Recipe) -> bool:
         with tempfile.TemporaryFile(dir=folder):
             pass
         # A process killed while it wrote its first file has left that file's temporary form behind.
-        held = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".recipe.yaml.")]
+        stack.enter_context(only_user_of(folder))
+        ours = (LOCK_NAME, ".recipe.yaml.")
+        held = [entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)]
     except FileExistsError as error:
         raise UserError(f"{folder}: the output folder is a file") from error
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{folder}: cannot write to the output folder: {reason}") from error
@@ -164,6 +173,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def empty_folder(folder: Path) -> None:
     """Delete what a run folder holds; its `recipe.yaml` goes last, so that until then it is still known as a run."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+        if entry.name == LOCK_NAME:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -199,8 +210,9 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
         "git_revision": git_revision(),
     }
     content = recipe.as_dict() | {"provenance": provenance}
-    if recipe.task.data_dir is not None:
-        content["task"]["data_dir"] = _without_folders(recipe.task.data_dir)
+    data_dir = content["task"].get("data_dir")
+    if data_dir is not None:
+        content["task"]["data_dir"] = _without_folders(data_dir)
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

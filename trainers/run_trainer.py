@@ -7,12 +7,16 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
 from .errors import UserError
+from .files import CHECKSUMS_NAME, damaged_file, write_checksums
 
 logger = logging.get_logger(__name__)
+
+TRAINER_STATE_NAME = "trainer_state.json"
+NEVER = 2**62
 
 
 class RunTrainer(Trainer):
@@ -20,6 +24,10 @@ class RunTrainer(Trainer):
 
     - The parts of a loss that a subclass notes with [`note_loss_part`] are logged beside `loss`, averaged over the same
       updates and processes.
+    - A loss that is not finite ends the training with a [`UserError`] that says at which update and what to change.
+      It does so before anything is logged, measured or saved after it. (In fp16 the library's loss scaling skips such
+      updates, and training goes on.)
+    - A checkpoint knows the checksums of its files, see [`last_complete_checkpoint`].
     - No card but our own is ever written, and only for a finished run.
     - The best checkpoint is found again if the run's folder was moved in between.
     """
@@ -28,6 +36,44 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._loss_parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._loss_parts_since: int | None = None
+        # The first update whose loss was not finite, kept on the device: looking at every loss would wait for it.
+        self._broken_update = torch.full((), NEVER, device=self.args.device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        update = torch.where(torch.isfinite(loss), NEVER, self.state.global_step + 1)
+        self._broken_update = torch.minimum(self._broken_update, update)
+        return loss
+
+    def _stop_if_broken(self) -> None:
+        if self.args.fp16:
+            return
+        update = int(self.accelerator.gather(self._broken_update.reshape(1)).min())
+        if update < NEVER:
+            raise UserError(
+                f"training: the loss is not a finite number at update {update}; lower training.learning_rate (now "
+                f"{self.args.learning_rate:g}) or training.max_grad_norm (now {self.args.max_grad_norm:g}), or use a "
+                "longer training.warmup_steps; checkpoints from before it are kept"
+            )
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._stop_if_broken()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last thing that every process saves; the trainer's state, which makes a checkpoint complete, comes after.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = (path for path in Path(output_dir).iterdir() if path.name != CHECKSUMS_NAME)
+            write_checksums(Path(output_dir), (path for path in written if path.is_file()))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = self.run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and (folder / CHECKSUMS_NAME).exists():
+            write_checksums(folder, [folder / TRAINER_STATE_NAME])
 
     def note_loss_part(self, name: str, part: torch.Tensor) -> None:
         """Add one micro-batch's share of a part of the loss (a scalar), unweighted, to what is logged under `name`."""
@@ -74,14 +120,21 @@ class RunTrainer(Trainer):
         if not stored.exists():
             if not moved.exists():
                 raise UserError(f"{moved}: the best checkpoint of the run is gone; restore it, or use --overwrite")
-            self.state.best_model_checkpoint = str(moved)
+            self.state.best_model_checkpoint = stored = str(moved)
+        damaged = damaged_file(Path(stored))
+        if damaged is not None:
+            raise UserError(
+                f"{Path(stored) / damaged}: damaged since it was written, and the best weights of the run with it; "
+                "--overwrite starts again"
+            )
         super()._load_best_model()
 
 
 def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a run that was written to its end; unfinished ones are deleted.
+    """The newest checkpoint of a run that was written to its end and is undamaged; others are deleted with a warning.
 
-    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
+    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last. A
+    file that was cut or changed later no longer has the checksum that the checkpoint notes.
 
     Args:
         run_dir: a run's output folder.
@@ -91,9 +144,13 @@ def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
     """
     while (checkpoint := get_last_checkpoint(str(run_dir))) is not None:
         try:
-            TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-            return checkpoint
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            damaged = damaged_file(Path(checkpoint))
+            if damaged is None:
+                return checkpoint
+            reason = f"{damaged} is damaged"
         except (OSError, ValueError, TypeError):
-            logger.warning(f"{checkpoint} was not written to its end and is dropped")
-            shutil.rmtree(checkpoint)
+            reason = "it was not written to its end"
+        logger.warning(f"{checkpoint} is dropped: {reason}; the run goes on from the one before")
+        shutil.rmtree(checkpoint)
     return None

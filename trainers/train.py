@@ -6,6 +6,7 @@
 `--help` lists every option. A run that was interrupted goes on with `--resume`, to the same end state.
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -25,14 +26,15 @@ def run(recipe: Recipe, argv: Sequence[str]) -> None:
     folder = recipe.output_dir
     task = on_every_process(lambda: recipe.kind.run.make_task(recipe.task))
     recipe.task = task.arguments
-    if on_main_process(lambda: prepare_output_dir(recipe)):
-        say(f"{folder} is finished already; nothing to do")
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    else:
-        training_run = on_every_process(lambda: recipe.kind.run(recipe, task))
-        on_main_process(lambda: training_run.begin(argv))
-        seconds = training_run.train()
-        metrics = training_run.finish(seconds)
+    with contextlib.ExitStack() as stack:
+        if on_main_process(lambda: prepare_output_dir(recipe, stack)):
+            say(f"{folder} is finished already; nothing to do")
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        else:
+            training_run = on_every_process(lambda: recipe.kind.run(recipe, task))
+            on_main_process(lambda: training_run.begin(argv))
+            seconds = training_run.train()
+            metrics = training_run.finish(seconds)
     say(f"\n{recipe.kind.run.results_table(metrics)}")
     say(f"\nrun folder  {folder}\nmodel card  {folder / 'README.md'}")
     say(f"next        python push_to_hub.py {shlex.quote(str(folder))} <user>/<name> --dry-run")
