@@ -354,8 +354,17 @@ def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(parent_name, str):
         raise UserError(f"{path}: inherit must be a path, got {parent_name!r}")
-    parent = _load_yaml(path.parent / parent_name, (*chain, path.resolve()))
+    parent_path = path.parent / parent_name
+    if not parent_path.resolve().is_relative_to(_recipe_root(path)):
+        raise UserError(f"{path}: inherit: {parent_name!r} leaves the recipes' folder, {_recipe_root(path).name}/")
+    parent = _load_yaml(parent_path, (*chain, path.resolve()))
     return {section: _merge(parent.get(section, {}), values.get(section, {})) for section in {**parent, **values}}
+
+
+def _recipe_root(path: Path) -> Path:
+    """The folder that a recipe may inherit from: the outermost one called `recipes` above it, else its own."""
+    folder = path.resolve().parent
+    return next((above for above in reversed([folder, *folder.parents]) if above.name == "recipes"), folder)
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

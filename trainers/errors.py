@@ -7,8 +7,12 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in a recipe, an option, a data file or a folder.
 
-    The message is one line that names the field, file or row and states the rule that was broken.
+    The message is one line that names the field, file or row and states the rule that was broken. What it repeats from
+    a user's file may hold anything: characters that break lines or steer a terminal are shown escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

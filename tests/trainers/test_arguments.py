@@ -45,6 +45,20 @@ def test_whole_numbers_are_floats_too(tmp_path):
     assert parse(tmp_path, training={"num_train_epochs": 2}).training.num_train_epochs == 2
 
 
+def test_inherit_stays_among_the_recipes(tmp_path):
+    folder = tmp_path / "recipes" / "one"
+    folder.mkdir(parents=True)
+    write(tmp_path, "outside.yaml", **RECIPE)
+    write(tmp_path / "recipes", "base.yaml", **RECIPE)
+    child = write(folder, "child.yaml", inherit="../base.yaml")
+    assert load_yaml(child) == RECIPE
+    for name in ("../../outside.yaml", str(tmp_path / "outside.yaml"), "../../../../../../../etc/hostname"):
+        with pytest.raises(UserError, match="leaves the recipes' folder, recipes/"):
+            load_yaml(write(folder, "child.yaml", inherit=name))
+    with pytest.raises(UserError, match="leaves the recipes' folder"):
+        load_yaml(write(tmp_path / "recipes", "x.yaml", inherit="../outside.yaml"))
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [

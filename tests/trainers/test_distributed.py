@@ -1,26 +1,22 @@
 """Two processes are one run: the same losses, metrics and predictions as on one, and one set of files."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from trainers.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
-# "MULTI_GPU" with `use_cpu` is accelerate's way to say several CPU processes; "MULTI_CPU" starts a single one.
-ACCELERATE = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "use_cpu": True,
-    "mixed_precision": "no",
-    "num_machines": 1,
-    "num_processes": 2,
-}
+ACCELERATE = ROOT / "recipes" / "accelerate_configs" / "multi_cpu.yaml"
 RECIPE = {
     "model": {
         "model_type": "connection_transformer",
@@ -54,11 +50,16 @@ RECIPE = {
 }
 
 
+def launch(*options: str) -> list[str]:
+    """The command line of a run on two CPU processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)]
+    return [*command, "--main_process_port", "0", "--quiet", "-m", "trainers.train", *options]
+
+
 def test_two_processes_give_the_results_of_one(tmp_path):
     """16 examples an update: 2 x 8 on one process, 2 x 4 on each of two. 43 test examples fill no last batch."""
-    recipe, accelerate = tmp_path / "recipe.yaml", tmp_path / "accelerate.yaml"
+    recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    accelerate.write_text(yaml.safe_dump(ACCELERATE))
     batches = {"one": 8, "two": 4}
 
     def options(name: str) -> list[str]:
@@ -66,8 +67,7 @@ def test_two_processes_give_the_results_of_one(tmp_path):
         sizes = ["--per_device_train_batch_size", size, "--per_device_eval_batch_size", size]
         return [str(recipe), "--output_dir", str(tmp_path / name), "--gradient_accumulation_steps", "2", *sizes]
 
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
-    command += ["--main_process_port", "0", "--quiet", "-m", "trainers.train", *options("two")]
+    command = launch(*options("two"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -85,3 +85,48 @@ def test_two_processes_give_the_results_of_one(tmp_path):
     assert two["validation"] == one["validation"]
     predictions = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two")]
     assert predictions[0] == predictions[1]
+
+
+@pytest.mark.long
+def test_a_worker_that_dies_ends_the_run_which_resumes_to_the_same_end(tmp_path):
+    """One of two processes is killed in training: the launcher ends the other; `--resume` gives the same weights."""
+    recipe = tmp_path / "recipe.yaml"
+    training = {**RECIPE["training"], "num_train_epochs": 40, "early_stopping_patience": None}
+    training |= {"load_best_model_at_end": False, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 20}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "training": training}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = launch(str(recipe), "--output_dir", str(broken))
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, **silent)
+    while not list(broken.glob("checkpoint-*/trainer_state.json")):
+        assert launcher.poll() is None, "the run ended before it could be broken"
+        time.sleep(0.01)
+    worker = workers_of(launcher.pid)[-1]
+    os.kill(worker, signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    assert not (broken / "metrics.json").exists()
+    for folder, option in ((broken, ["--resume"]), (whole, [])):
+        command = launch(str(recipe), "--output_dir", str(folder), *option)
+        assert subprocess.run(command, cwd=tmp_path, env=environment, **silent, timeout=300).returncode == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, broken))
+    assert all(first[name].equal(second[name]) for name in first)
+    assert (whole / "predictions.jsonl").read_text() == (broken / "predictions.jsonl").read_text()
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that a launcher has started, from the process table."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [launcher]
+    for process in found:
+        found += [child for child, parent in sorted(parents.items()) if parent == process and child not in found]
+    ranks = []
+    for process in found[1:]:
+        with contextlib.suppress(OSError):
+            if b"RANK=" in (Path("/proc") / str(process) / "environ").read_bytes():
+                ranks.append(process)
+    return ranks
