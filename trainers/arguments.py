@@ -11,8 +11,9 @@ name stands in two sections, `--training.max_steps 5`. Values on the command lin
 | `tokenizer` | where the tokenizer comes from, for models that read text |
 | `training` | everything of `transformers.TrainingArguments`, and our own fields |
 | `evaluation` | how the finished model is measured |
+| `tracking` | [`TrackingArguments`][trainers.tracking.TrackingArguments]: what is watched inside while it trains |
 
-The architecture decides which fields the last four have, see [`Kind`].
+The architecture decides which fields `task`, `training` and `evaluation` have, see [`Kind`].
 """
 
 import argparse
@@ -40,11 +41,12 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 import hf_models  # noqa: F401  (registers the architectures)
 
 from .errors import UserError, did_you_mean
+from .tracking.arguments import TrackingArguments
 
 if TYPE_CHECKING:
     from .run import TrainingRun
 
-SECTIONS = ("model", "task", "tokenizer", "training", "evaluation")
+SECTIONS = ("model", "task", "tokenizer", "training", "evaluation", "tracking")
 # The modules that define a kind of run each, see `Kind`. The first one's fields are those that `--help` lists.
 KIND_MODULES = ("sequence_to_sequence",)
 
@@ -56,7 +58,7 @@ class Kind:
     Attributes:
         name: the module's name.
         model_types: the architectures.
-        sections: the dataclass of every section of a recipe but `model`, by the section's name.
+        sections: the dataclass of every section of a recipe but `model` and `tracking`, by the section's name.
         run: the class that takes such a recipe from data to run folder.
         metrics: what `training.metric_for_best_model` may name; the first is the default. Of a metric whose name ends
             in `loss` or `error` less is better.
@@ -136,6 +138,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         (lambda value: value >= 0, "not be negative"),
     ),
+    "layerwise_lr_decay": (lambda value: 0 < value <= 1, "lie in (0, 1]"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "lie in [0, 1)")),
     **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "lie in [0, 2**32)")),
     "max_steps": (lambda value: value >= 1 or value == -1, "be at least 1, or -1 to count epochs"),
@@ -144,7 +147,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass
 class RunTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with early stopping.
+    """`transformers.TrainingArguments` with early stopping and layer-wise decay of the learning rate.
 
     Changed defaults: a log every 10 steps, warm-up over 5 % of training, at most two checkpoints kept, callback states
     restored on resume. One process drives one device: several GPUs are used through `accelerate launch`.
@@ -164,6 +167,10 @@ class RunTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better validation metric. Default: never."},
+    )
+    layerwise_lr_decay: float | None = field(
+        default=None,
+        metadata={"help": "Factor of the learning rate from each layer to the one below it, in (0, 1]. Default: 1."},
     )
 
     def __post_init__(self):
@@ -211,7 +218,7 @@ class Recipe:
         kind: what sort of run it describes.
         model_values: the model's configuration as written, without what tokenizer or task decide.
         pretrained: folder or Hub id whose weights training starts from, or `None` to start from scratch.
-        task, tokenizer, evaluation: those sections; `tokenizer` is `None` for a kind that has none.
+        task, tokenizer, evaluation, tracking: those sections; `tokenizer` is `None` for a kind that has none.
         training, training_values: the `training` section, and what was written of it (YAML and command line).
         resume, overwrite, debug: what the command line said.
     """
@@ -228,6 +235,7 @@ class Recipe:
     training: Any
     training_values: dict[str, Any]
     evaluation: Any
+    tracking: TrackingArguments
     output_dir: Path
     resume: bool = False
     overwrite: bool = False
@@ -259,7 +267,7 @@ class Recipe:
             name: {k: v for k, v in self.training_values.items() if k not in UNRECORDED_FIELDS}
             if name == "training"
             else dataclasses.asdict(getattr(self, name))
-            for name in self.kind.sections
+            for name in (*self.kind.sections, "tracking")
         }
         return {"model": model | self.model_values} | sections
 
@@ -405,16 +413,21 @@ def section_fields(section: str, kind: Kind, model_type: str | None) -> dict[str
             "trust_remote_code": bool,
         }
         return extra | (model_fields(model_type) if model_type else {})
-    hints = typing.get_type_hints(kind.sections[section])
+    arguments = _arguments_of(section, kind)
+    hints = typing.get_type_hints(arguments)
     refused = REFUSED_FIELDS if section == "training" else {}
-    fields = dataclasses.fields(kind.sections[section])
+    fields = dataclasses.fields(arguments)
     return {option.name: hints[option.name] for option in fields if option.init and option.name not in refused}
+
+
+def _arguments_of(section: str, kind: Kind) -> Any:
+    return TrackingArguments if section == "tracking" else kind.sections[section]
 
 
 def _help_of(section: str, name: str, kind: Kind) -> str:
     if section == "model":
         return "Field of the model's configuration."
-    found = next(option for option in dataclasses.fields(kind.sections[section]) if option.name == name)
+    found = next(option for option in dataclasses.fields(_arguments_of(section, kind)) if option.name == name)
     text = " ".join(str(found.metadata.get("help", "")).split())
     return text if section != "training" else text.replace("%", "%%").replace("%%%%", "%%")
 
@@ -508,7 +521,7 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
         values = load_yaml(Path(named))
     model_type = known.model_type or values.get("model", {}).get("model_type")
     kind = kinds()[0] if model_type is None else kind_of(model_type)
-    sections = ("model", *kind.sections)
+    sections = ("model", *kind.sections, "tracking")
     fields = {section: section_fields(section, kind, model_type) for section in sections}
     owners: dict[str, list[str]] = {}
     for section, names in fields.items():
@@ -589,10 +602,10 @@ def _build(
     training_values = dict(values.get("training", {}))
     output_dir = Path(os.path.expanduser(training_values.get("output_dir") or Path("outputs") / default_run_name(path)))
     built: dict[str, Any] = {"tokenizer": None}
-    for section, arguments in kind.sections.items():
+    for section in (*kind.sections, "tracking"):
         if section != "training":
             with user_errors_from_validation(section):
-                built[section] = arguments(**values.get(section, {}))
+                built[section] = _arguments_of(section, kind)(**values.get(section, {}))
     check_precision(training_values)
     return Recipe(
         path=path,

@@ -34,6 +34,7 @@ from .distributed import on_main_process
 from .errors import UserError
 from .files import LOCK_NAME, json_text, only_user_of, write_text
 from .run_trainer import RunTrainer, last_complete_checkpoint
+from .tracking import make_tracker, write_internals
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,11 @@ class TrainingRun(ABC):
                 f"training.dataloader_drop_last: {self.train_examples} train examples fill no batch of {batch}"
             )
         self.trainer.add_callback(TrainingClock())
+        probe = None if recipe.tracking.every is None else self.probe_batch(recipe.tracking.probe_examples)
+        tokenizer = getattr(self, "tokenizer", None)
+        self.tracker = make_tracker(recipe.tracking, self.model, probe, tokenizer, recipe.output_dir)
+        if self.tracker is not None:
+            self.trainer.add_callback(self.tracker)
         if training.early_stopping_patience is not None:
             self.trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
         with user_errors_from_validation("training"):
@@ -307,6 +313,11 @@ class TrainingRun(ABC):
     @abstractmethod
     def evaluate(self) -> Evaluation:
         """Measure the finished model on the validation and the test split."""
+
+    def probe_batch(self, examples: int) -> dict[str, torch.Tensor] | None:
+        """The first validation examples, at most so many, as one batch with labels: what tracking looks at in depth."""
+        first = [self.trainer.eval_dataset[index] for index in range(min(examples, len(self.trainer.eval_dataset)))]
+        return dict(self.trainer.data_collator(first))
 
     @staticmethod
     @abstractmethod
@@ -405,6 +416,8 @@ class TrainingRun(ABC):
         evaluation = self.evaluate()
         metrics = self.metrics(seconds, evaluation)
         self.trainer.save_model(str(folder))
+        if self.tracker is not None:
+            write_internals(self.tracker, folder, self.trainer.state.log_history)
         if self.trainer.is_world_process_zero():
             # A pickle that only `Trainer` itself reads, and only from checkpoints.
             (folder / "training_args.bin").unlink(missing_ok=True)

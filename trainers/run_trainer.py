@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .errors import UserError
 from .files import CHECKSUMS_NAME, damaged_file, write_checksums
+from .optimization import layerwise_parameter_groups
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +23,7 @@ NEVER = 2**62
 class RunTrainer(Trainer):
     """`transformers.Trainer` in a run folder.
 
+    - `layerwise_lr_decay` makes the learning rate fall from the head down, see [`layerwise_parameter_groups`].
     - The parts of a loss that a subclass notes with [`note_loss_part`] are logged beside `loss`, averaged over the same
       updates and processes.
     - A loss that is not finite ends the training with a [`UserError`] that says at which update and what to change.
@@ -38,6 +40,23 @@ class RunTrainer(Trainer):
         self._loss_parts_since: int | None = None
         # The first update whose loss was not finite, kept on the device: looking at every loss would wait for it.
         self._broken_update = torch.full((), NEVER, device=self.args.device)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is not None or self.args.layerwise_lr_decay is None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & options.keys():
+            raise UserError(f"training.layerwise_lr_decay: {self.args.optim} makes its own parameter groups")
+        groups = layerwise_parameter_groups(
+            model,
+            self.args.learning_rate,
+            self.args.weight_decay,
+            self.args.layerwise_lr_decay,
+            self.get_decay_parameter_names(model),
+        )
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

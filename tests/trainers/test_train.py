@@ -413,3 +413,38 @@ def test_module_runs_as_a_command(tmp_path):
         "error: missing.yaml: cannot read the recipe: No such file or directory"
     )
     assert "Traceback" not in result.stderr
+
+
+def test_tracking_leaves_reports_and_the_same_weights(run, tmp_path):
+    """A tracked run ends with the weights of the one that was not watched, and shows what it saw; the card links it."""
+    recipe, out = run
+    target = tmp_path / "out"
+    assert (
+        main([str(recipe), "--output_dir", str(target), "--tracking.every", "10", "--tracking.names", "decoder.*"]) == 0
+    )
+    assert same_tensors(target, out)
+    report = json.loads((target / "internals" / "analysis_report.json").read_text())
+    assert report["schema_version"] == 1
+    assert (target / "internals" / "index.html").stat().st_size > 10_000
+    assert "internals/index.html" in (target / "README.md").read_text()
+    assert not (out / "internals").exists()
+
+
+def test_unknown_module_to_track(run, tmp_path, capsys):
+    recipe, _ = run
+    options = ["--output_dir", str(tmp_path / "out"), "--tracking.every", "2", "--tracking.names", "decodr.*"]
+    assert main([str(recipe), *options]) == 2
+    assert "decodr" in capsys.readouterr().err
+
+
+def test_layerwise_learning_rate(tmp_path):
+    """Lower layers get smaller rates, which the schedule scales together."""
+    recipe = write_recipe(
+        tmp_path, training={"layerwise_lr_decay": 0.5, "max_steps": 2, "early_stopping_patience": None}
+    )
+    assert main([str(recipe), "--output_dir", str(tmp_path / "out")]) == 0
+    optimizer = torch.load(newest_checkpoint(tmp_path / "out") / "optimizer.pt", weights_only=True)
+    rates = {group["initial_lr"] for group in optimizer["param_groups"]}
+    assert len(rates) >= 2
+    assert max(rates) == pytest.approx(3e-3)
+    assert all(any(rate == pytest.approx(3e-3 * 0.5**depth) for depth in range(6)) for rate in rates)
