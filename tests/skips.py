@@ -8,5 +8,6 @@ declares it in `not_applicable` (see `tests/hf_models/model_tests.py`), and the 
 """
 
 NO_CUDA = "needs a CUDA GPU"
+NO_BROWSER = "needs Chromium"
 
-PERMITTED: frozenset[str] = frozenset({NO_CUDA})
+PERMITTED: frozenset[str] = frozenset({NO_CUDA, NO_BROWSER})
