@@ -26,6 +26,7 @@ from .configuration_continuous_thought_machine import (
     ContinuousThoughtMachineConfig,
     HyperContinuousThoughtMachineConfig,
 )
+from .loop_continuous_thought_machine import TickSettings, run_ticks
 
 IGNORED_LABEL = -100
 # Decay rates are kept in [0, MAX_DECAY] per tick.
@@ -167,11 +168,15 @@ class SynchronisationPlan(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all ticks of a forward pass share: both synchronisations' plans and the neuron-level models' weights."""
+    """
+    What all ticks of a forward pass share: both synchronisations' plans, the neuron-level models' weights, and whether
+    the ticks run as one function instead of module by module.
+    """
 
     action: SynchronisationPlan
     output: SynchronisationPlan
-    neuron_weights: tuple[tuple[torch.Tensor, ...], ...]
+    neuron_weights: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    as_one_function: bool
 
 
 class Thought(NamedTuple):
@@ -549,35 +554,31 @@ class ContinuousThoughtMachineNeuronLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(in_features) if layer_norm else None
 
-    def prepare(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+    def prepare(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What all ticks of a forward pass share: weights and biases over the temperature, laid out for `batch_size`.
 
-        Where values and gates are computed batch last, their weights stay together; for a few samples and several
-        outputs it is faster to compute them features last, and apart.
+        The products are faster features last for a few samples with several outputs, and batch last otherwise; there
+        the last two dimensions are exchanged.
         """
         weight, bias = self.weight / self.temperature, self.bias / self.temperature
         if batch_size >= MANY_SAMPLES or weight.shape[2] == 2:
             return weight.transpose(1, 2).contiguous(), bias.transpose(1, 2)
-        return tuple(part.contiguous() for tensor in (weight, bias) for part in tensor.chunk(2, dim=-1))
+        return weight, bias
 
     def normalise(self, inputs: torch.Tensor) -> torch.Tensor:
         inputs = self.dropout(inputs)
         return inputs if self.norm is None else self.norm(inputs.transpose(1, 2)).transpose(1, 2)
 
     @staticmethod
-    def project(inputs: torch.Tensor, prepared: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and gates, each of shape `(num_neurons, out_features, batch_size)`."""
-        if len(prepared) == 2:
-            weight, bias = prepared
-            value, gate = torch.baddbmm(bias, weight, inputs).chunk(2, dim=1)
-            return value, gate
-        value_weight, gate_weight, value_bias, gate_bias = prepared
-        inputs = inputs.transpose(1, 2)
-        value = torch.baddbmm(value_bias, inputs, value_weight)
-        return value.transpose(1, 2), torch.baddbmm(gate_bias, inputs, gate_weight).transpose(1, 2)
+    def project(inputs: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Values and then gates, of shape `(num_neurons, 2 * out_features, batch_size)`."""
+        weight, bias = prepared
+        if bias.shape[1] == 1:
+            return torch.baddbmm(bias, inputs.transpose(1, 2), weight).transpose(1, 2)
+        return torch.baddbmm(bias, weight, inputs)
 
-    def forward(self, inputs: torch.Tensor, prepared: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """
         Args:
             inputs (`torch.FloatTensor` of shape `(num_neurons, in_features, batch_size)`): What comes in.
@@ -586,8 +587,7 @@ class ContinuousThoughtMachineNeuronLayer(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(num_neurons, out_features, batch_size)`.
         """
-        value, gate = self.project(self.normalise(inputs), prepared)
-        return value * gate.sigmoid()
+        return nn.functional.glu(self.project(self.normalise(inputs), prepared), dim=1)
 
 
 class ContinuousThoughtMachineHyperNeuronLayer(ContinuousThoughtMachineNeuronLayer):
@@ -616,17 +616,18 @@ class ContinuousThoughtMachineHyperNeuronLayer(ContinuousThoughtMachineNeuronLay
         self.hyper_u = nn.Parameter(torch.empty(2 * out_features, rank * context_size))
         self.gate = nn.Parameter(torch.empty(num_neurons))
 
-    def forward(self, inputs: torch.Tensor, prepared: tuple[torch.Tensor, ...], context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor], context: torch.Tensor
+    ) -> torch.Tensor:
         """As the base class, with contexts of shape `(batch_size, context_size)`."""
         inputs = self.normalise(inputs)
-        value, gate = self.project(inputs, prepared)
+        projected = self.project(inputs, prepared)
         context = context.unsqueeze(-1)
         # V of shape (batch, in, rank), U of shape (batch, rank, out).
         reduce = (self.hyper_v.unflatten(0, (self.rank, -1)).permute(2, 0, 1) @ context.unsqueeze(1)).squeeze(-1)
         expand = (self.hyper_u.unflatten(1, (self.rank, -1)).transpose(0, 1) @ context.unsqueeze(1)).squeeze(-1)
         added = torch.bmm(torch.bmm(inputs.permute(2, 0, 1).contiguous(), reduce), expand) * self.gate.unsqueeze(1)
-        added_value, added_gate = added.permute(1, 2, 0).chunk(2, dim=1)
-        return (value + added_value) * (gate + added_gate).sigmoid()
+        return nn.functional.glu(projected + added.permute(1, 2, 0), dim=1)
 
 
 class ContinuousThoughtMachineNeuronModels(nn.Module):
@@ -648,14 +649,14 @@ class ContinuousThoughtMachineNeuronModels(nn.Module):
 
         self.layers = nn.ModuleList(map(layer, widths[:-1], widths[1:]))
 
-    def prepare(self, batch_size: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    def prepare(self, batch_size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """What all ticks of a forward pass over `batch_size` samples share; right, if slower, for any number."""
         return tuple(layer.prepare(batch_size) for layer in self.layers)
 
     def forward(
         self,
         trace: torch.Tensor,
-        prepared: tuple[tuple[torch.Tensor, ...], ...],
+        prepared: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         context: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -699,7 +700,7 @@ class ContinuousThoughtMachineTick(GradientCheckpointingLayer):
         key: torch.Tensor,
         value: torch.Tensor,
         synchronising: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        neuron_weights: tuple[tuple[torch.Tensor, ...], ...],
+        neuron_weights: tuple[tuple[torch.Tensor, torch.Tensor], ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """
         Args:
@@ -1009,8 +1010,12 @@ class ContinuousThoughtMachineReadout(nn.Module):
             these ticks.
         """
         synchronisation, accumulated = self.synchronisation.scan(states, accumulated, *synchronising)
+        return *self.read(synchronisation), synchronisation, accumulated
+
+    def read(self, synchronisation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first two of `forward` from the third."""
         predictions = self.projection(synchronisation)
-        return predictions, self.normalised_entropy(predictions), synchronisation, accumulated
+        return predictions, self.normalised_entropy(predictions)
 
     def normalised_entropy(self, predictions: torch.Tensor) -> torch.Tensor:
         """Entropy over the classes relative to that of the uniform distribution, mean over positions, in [0, 1]."""
@@ -1018,6 +1023,38 @@ class ContinuousThoughtMachineReadout(nn.Module):
         log_probabilities = logits.log_softmax(dim=-1, dtype=at_least_float32(logits.dtype))
         entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
         return entropy.mean(dim=-1) / math.log(self.num_classes)
+
+
+# What [`run_ticks`] computes without calling it.
+KNOWN_PARTS = {
+    ContinuousThoughtMachineAttention,
+    ContinuousThoughtMachineAttentionOutput,
+    ContinuousThoughtMachineAttentionProjection,
+    ContinuousThoughtMachineNeuronLayer,
+    ContinuousThoughtMachineNeuronModels,
+    ContinuousThoughtMachineReadout,
+    ContinuousThoughtMachineShallowSynapse,
+    ContinuousThoughtMachineSynapse,
+    ContinuousThoughtMachineSynapseBlock,
+    ContinuousThoughtMachineSynchronisation,
+    ContinuousThoughtMachineTick,
+    nn.Dropout,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.ModuleList,
+}
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether [`run_ticks`] computes what this part of a machine does, and nothing else has a say in it."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return (
+        type(module) in KNOWN_PARTS
+        and "forward" not in vars(module)
+        and not (isinstance(module, ContinuousThoughtMachineNeuronLayer) and module.norm is not None)
+        # The library leaves its recording hooks in place; they do nothing unless internals are asked for.
+        and all(hook.__module__ == capture_outputs.__module__ for group in hooks for hook in group.values())
+    )
 
 
 class ContinuousThoughtMachinePreTrainedModel(PreTrainedModel):
@@ -1191,10 +1228,11 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
         num_ticks, threshold = self.checked_bounds(iterations, certainty_threshold)
         if output_synchronisation_out is None:
             output_synchronisation_out = getattr(self.config, "output_synchronisation_out", False)
-        recording = output_synchronisation_out or any(
+        records_ticks = any(
             kwargs.get(f"output_{key}", getattr(self.config, f"output_{key}", False))
             for key in self._can_record_outputs
         )
+        recording = output_synchronisation_out or records_ticks
 
         key, value = self.tick.attention.project(self.encoder(inputs))
         batch_size = len(key)
@@ -1207,7 +1245,8 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
         thought = Thought(
             state, trace, action.factor.new_zeros(batch_size, len(action.factor)), output_accumulated, key, value
         )
-        shared = Shared(action, output, self.tick.neuron_models.prepare(batch_size))
+        as_one_function = not records_ticks and self.can_think_at_once(key)
+        shared = Shared(action, output, self.tick.neuron_models.prepare(batch_size), as_one_function)
 
         stops = threshold is not None and not self.training
         # In training the number of passes must not depend on the data: all ranks make the same ones.
@@ -1252,6 +1291,8 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
             normalised entropies of shape `(number, batch_size)` and output synchronisation of shape
             `(number, batch_size, synch_size_out)`.
         """
+        if shared.as_one_function:
+            return self.think_at_once(thought, shared, start, number)
         pairs, factor, scales = shared.action
         state, trace, accumulated = thought.state, thought.trace, thought.accumulated
         states = []
@@ -1271,6 +1312,59 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
             state=state, trace=trace, accumulated=accumulated, output_accumulated=output_accumulated
         )
         return thought, predictions, entropies, synchronisation
+
+    def think_at_once(
+        self, thought: Thought, shared: Shared, start: int, number: int
+    ) -> tuple[Thought, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `think`, in less time and memory, with [`run_ticks`]."""
+        tick, training = self.tick, self.training
+        tensors = thought._asdict() | {
+            "action.factor": shared.action.factor,
+            "action.scales": shared.action.scales[start : start + number],
+            "output.factor": shared.output.factor,
+            # The start state has the first entry.
+            "output.scales": shared.output.scales[start + 1 : start + number + 1],
+        }
+        for name in ("query_projection", "attention.q_proj", "attention.out_proj", "synapse"):
+            tensors |= tick.get_submodule(name).named_parameters(prefix=name)
+        for index, (weight, bias) in enumerate(shared.neuron_weights):
+            tensors |= {f"neuron_models.layers.{index}.weight": weight, f"neuron_models.layers.{index}.bias": bias}
+        dropouts = {name: module.p for name, module in tick.named_modules() if isinstance(module, nn.Dropout)}
+        dropouts["attention.dropout"] = tick.attention.attention_dropout
+        settings = TickSettings(
+            synapse_levels=self.config.synapse_depth - 1,
+            neuron_layers=len(shared.neuron_weights),
+            scaling=tick.attention.scaling,
+            action_pairs=shared.action.pairs,
+            output_pairs=shared.output.pairs,
+            dropouts=dropouts if training else {},
+            recomputes=training and tick.gradient_checkpointing,
+        )
+        synchronisation, carry = run_ticks(tensors, settings)
+        predictions, entropies = self.readout.read(synchronisation)
+        return thought._replace(**carry._asdict()), predictions, entropies, synchronisation
+
+    def can_think_at_once(self, key: torch.Tensor) -> bool:
+        """
+        Whether `think_at_once` does the same for this input as the modules one by one: not if a part is of another
+        kind, in another mode or watched by hooks, in half precision, or where PyTorch follows each operation.
+        """
+        device = key.device.type
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if not torch.amp.is_autocast_available(device) or torch.is_autocast_enabled(device):
+            return False
+        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+            return False
+        parts = [*self.tick.modules(), self.readout, self.readout.synchronisation]
+        tensors = [key, *self.tick.parameters(), *self.readout.parameters()]
+        return (
+            self.config._attn_implementation in ("eager", "sdpa")
+            and not torch.nn.modules.module._has_any_global_hook()
+            and all(is_known(part) and part.training == self.training for part in parts)
+            and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
+            and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+        )
 
     def think_compacted(
         self, thought: Thought, shared: Shared, num_ticks: int, threshold: float

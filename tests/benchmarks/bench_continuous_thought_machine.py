@@ -1,17 +1,22 @@
 """
-Speed of the Continuous Thought Machine against a plain rewrite of the published way of computing it:
+Speed and memory of the Continuous Thought Machine against a plain rewrite of the published way of computing it:
 
     python -m tests.benchmarks.bench_continuous_thought_machine [maze] [parity] [--rounds 5]
 
-Both run in one process on one thread, in turn; the times are CPU seconds, the ratio is that of the medians. The plain
-form shares the model's weights, projects keys and values and predictions in every tick, and computes the neuron-level
-models by einsum over weights stored neurons last.
+All forms run in one process on one thread, in turn; the times are CPU seconds, the ratios those of the medians. The
+plain form shares the model's weights, projects keys and values and predictions in every tick, and computes the
+neuron-level models by einsum over weights stored neurons last. "Recomputing" is the fast form under activation
+checkpointing. Peak memory is what a training step adds to the resident memory of a process that holds the model and
+its gradients, each form in a process of its own.
 """
 
 import argparse
+import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -68,42 +73,91 @@ def interleaved(actions: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
-def measure(case: str, rounds: int) -> dict[str, dict[str, float]]:
-    """CPU seconds of the forward pass and of a training step's forward and backward pass, fast and plain."""
+def build(case: str, dropout: float = 0.0):
+    """A model, its input and labels."""
     settings, shape = CASES[case]
     torch.manual_seed(0)
-    config = ContinuousThoughtMachineConfig(**settings)
+    config = ContinuousThoughtMachineConfig(**settings, dropout=dropout)
     model = ContinuousThoughtMachineForTokenClassification(config)
     inputs = torch.randn(shape).sign() if case == "parity" else torch.randn(shape)
     labels = torch.randint(config.num_labels, (shape[0], config.prediction_shape[0]))
+    return model, inputs, labels
 
-    @torch.no_grad()
-    def fast_forward():
-        return model.model(**{config.input_name: inputs}).predictions
 
-    @torch.no_grad()
-    def plain_forward():
-        return plain_machine(model.model, inputs, config.iterations)[0]
+def training_steps(
+    model: ContinuousThoughtMachineForTokenClassification, inputs: torch.Tensor, labels: torch.Tensor
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward pass of each form; the gradients keep their memory between steps."""
+    name, rows = model.config.input_name, torch.arange(len(labels))
 
-    def fast_step():
-        model.zero_grad()
-        model(**{config.input_name: inputs}, labels=labels).loss.backward()
+    def fast(recomputing: bool = False) -> None:
+        model.zero_grad(set_to_none=False)
+        if recomputing:
+            model.activation_checkpointing_enable()
+        else:
+            model.activation_checkpointing_disable()
+        model(**{name: inputs}, labels=labels).loss.backward()
 
-    def plain_step():
-        model.zero_grad()
-        predictions, certainties = plain_machine(model.model, inputs, config.iterations)
+    def plain() -> None:
+        model.zero_grad(set_to_none=False)
+        predictions, certainties = plain_machine(model.model, inputs, model.config.iterations)
         losses = model.losses_by_tick(predictions, labels)
-        rows = torch.arange(len(labels))
         (losses.amin(0).mean() + losses[certainties[:, 1].argmax(-1), rows].mean()).div(2).backward()
 
-    model.eval()
-    difference = (fast_forward() - plain_forward()).abs().max() / plain_forward().abs().max()
+    return {"plain": plain, "fast": fast, "recomputing": lambda: fast(recomputing=True)}
+
+
+def forward_passes(model: ContinuousThoughtMachineForTokenClassification, inputs: torch.Tensor):
+    """Predictions by each form."""
+    forms = {
+        "plain": lambda: plain_machine(model.model, inputs, model.config.iterations)[0],
+        "fast": lambda: model.model(**{model.config.input_name: inputs}).predictions,
+    }
+    return {name: torch.no_grad()(form) for name, form in forms.items()}
+
+
+def measure(case: str, rounds: int) -> dict[str, dict[str, float]]:
+    """CPU seconds of the forward pass and of a training step's forward and backward pass, by form."""
+    model, inputs, labels = build(case)
+    forward = forward_passes(model.eval(), inputs)
+    plain = forward["plain"]()
+    difference = (forward["fast"]() - plain).abs().max() / plain.abs().max()
     if difference > 1e-4:
         raise AssertionError(f"the two ways differ by {difference:.1e} of the largest logit")
-    return {
-        "forward": interleaved({"fast": fast_forward, "plain": plain_forward}, rounds),
-        "training step": interleaved({"fast": fast_step, "plain": plain_step}, rounds),
-    }
+    seconds = {"forward": interleaved(forward, rounds)}
+    for what, dropout in (("training step", 0.0), ("training step, dropout 0.1", 0.1)):
+        model, inputs, labels = build(case, dropout)
+        seconds[what] = interleaved(training_steps(model.train(), inputs, labels), rounds)
+    return seconds
+
+
+def resident(field: str) -> float:
+    """Resident memory of this process in MB, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+
+
+def peak_memory(case: str, form: str) -> float:
+    """MB that a training step of one form adds; to be called in a new process."""
+    torch.set_num_threads(1)
+    model, inputs, labels = build(case)
+    step = training_steps(model.train(), inputs, labels)[form]
+    # Gradients and the libraries' buffers come with a step of one tick.
+    iterations, model.config.iterations = model.config.iterations, 1
+    step()
+    model.config.iterations = iterations
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def table_row(case: str, what: str, unit: str, measured: dict[str, float], digits: int, inverse: bool) -> str:
+    """Each form's figure and its ratio to the plain form's: times faster, or share of the memory."""
+    cells = []
+    for form, value in measured.items():
+        ratio = value / measured["plain"] if inverse else measured["plain"] / value
+        cells.append(f"{form} {value:.{digits}f} {unit}" + ("" if form == "plain" else f" ({ratio:.2f}x)"))
+    return f"{case}, {what}: {', '.join(cells)}"
 
 
 def main() -> None:
@@ -113,9 +167,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for case in options.cases or CASES:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            memory = {form: pool.apply(peak_memory, (case, form)) for form in ("plain", "fast", "recomputing")}
         for what, seconds in measure(case, options.rounds).items():
-            ratio = seconds["plain"] / seconds["fast"]
-            print(f"{case}, {what}: plain {seconds['plain']:.2f} s, fast {seconds['fast']:.2f} s, {ratio:.1f}x")
+            print(table_row(case, what, "s", seconds, digits=2, inverse=False), flush=True)
+        print(table_row(case, "peak memory of a training step", "MB", memory, digits=0, inverse=True), flush=True)
 
 
 if __name__ == "__main__":

@@ -553,15 +553,17 @@ def plain_machine(model, inputs, num_ticks):
             None,
             None,
             False,
-            0.0,
+            attention.attention_dropout,
             attention.out_proj.weight,
             attention.out_proj.bias,
+            training=model.training,
             average_attn_weights=False,
         )
         pre_activation = tick.synapse(torch.cat((attended[0], state), dim=-1))
         trace = torch.cat((trace[..., 1:], pre_activation.unsqueeze(-1)), dim=-1)
         states = trace
         for layer, weight, bias in layers:
+            states = layer.dropout(states)
             states = states if layer.norm is None else layer.norm(states)
             states = nn.functional.glu(
                 (torch.einsum("bdm,mhd->bdh", states, weight) + bias) / layer.temperature, dim=-1
@@ -605,6 +607,210 @@ def test_machine_equals_its_definition(overrides, batch_size):
     )
     for name, one, other in zip(parameters, fast, plain, strict=True):
         assert_close(one, other, name, rtol=1e-8, atol=1e-11)
+
+
+# All ticks as one function
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The settings of each call of `run_ticks`."""
+    calls = []
+    run_ticks = modeling_continuous_thought_machine.run_ticks
+
+    def counted(tensors, settings):
+        calls.append(settings)
+        return run_ticks(tensors, settings)
+
+    monkeypatch.setattr(modeling_continuous_thought_machine, "run_ticks", counted)
+    return calls
+
+
+def unclamped(model):
+    """The model with positive decays: below 0 training would put them back."""
+    with torch.no_grad():
+        model.tick.synchronisation.decay.abs_()
+        model.readout.synchronisation.decay.abs_()
+    return model
+
+
+def module_by_module(model):
+    """Makes the model run its ticks through its modules, as hooks on them would."""
+    model.tick.register_forward_hook(lambda *_: None)
+    return model
+
+
+def differentiated(model, inputs, **options):
+    """Predictions, and the gradients of the input and of all parameters, with equal random numbers in every call."""
+    torch.manual_seed(3)
+    inputs = inputs.clone().requires_grad_()
+    outputs = model(input_features=inputs, **options)
+    direction = torch.randn(outputs.predictions.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    total = (outputs.predictions * direction).sum() + outputs.certainties[:, 1].square().sum()
+    named = {"input": inputs} | dict(model.named_parameters())
+    gradients = torch.autograd.grad(total, list(named.values()))
+    return outputs.predictions, dict(zip(named, gradients, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [3, 17])
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [
+        ({"dropout": 0.3}, "training"),
+        ({"dropout": 0.3, "dropout_nlm": 0.1, "synapse_depth": 1, "neuron_select_type": "first-last"}, "training"),
+        ({"synapse_depth": 2, "memory_length": 1, "heads": 1}, "training"),
+        ({"deep_nlms": False, "neuron_select_type": "random"}, "evaluation"),
+        ({"certainty_check_interval": 3}, "stopping"),
+    ],
+    ids=["u-net", "depth-1", "smallest", "linear", "in-parts"],
+)
+def test_ticks_at_once_equal_the_modules(overrides, mode, batch_size, passes):
+    inputs = features(batch_size)
+    options = {"certainty_threshold": 1.0} if mode == "stopping" else {}
+
+    def machine():
+        torch.manual_seed(0)
+        config = small_config(iterations=7, **overrides)
+        return unclamped(varied(ContinuousThoughtMachineModel(config))).train(mode == "training")
+
+    fast = differentiated(machine(), inputs, **options)
+    assert len(passes) == (3 if mode == "stopping" else 1), "the ticks did not run as one function"
+    plain = differentiated(module_by_module(machine()), inputs, **options)
+    assert len(passes) == (3 if mode == "stopping" else 1)
+    checkpointed = machine()
+    checkpointed.activation_checkpointing_enable()
+    recomputed = differentiated(checkpointed, inputs, **options)
+    assert passes[-1].recomputes is (mode == "training")
+
+    assert_close(fast[0], plain[0], "predictions", rtol=1e-10, atol=1e-12)
+    assert_equal(recomputed[0], fast[0], "predictions when ticks are recomputed")
+    for name, gradient in fast[1].items():
+        assert_close(gradient, plain[1][name], name, rtol=1e-10, atol=1e-11)
+        assert_close(recomputed[1][name], gradient, f"{name} when ticks are recomputed", rtol=1e-10, atol=1e-11)
+
+
+def tiny_machine(**overrides):
+    sizes = {"d_model": 5, "d_input": 2, "heads": 1, "n_synch_out": 2, "n_synch_action": 2, "synapse_depth": 2}
+    others = {"memory_length": 2, "memory_hidden_dims": 2, "prediction_reshaper": [1, 2], "iterations": 3}
+    torch.manual_seed(0)
+    return unclamped(varied(ContinuousThoughtMachineModel(small_config(**(sizes | others | overrides)))))
+
+
+def test_ticks_at_once_have_the_numerical_gradient(passes):
+    model = tiny_machine(dropout=0.3).train()
+    parameters = dict(model.named_parameters())
+    sizes = [parameter.numel() for parameter in parameters.values()]
+
+    def outputs(vector):
+        torch.manual_seed(0)
+        parts = zip(parameters.items(), vector.split(sizes), strict=True)
+        # Clones, as training clamps the decays in place.
+        given = {name: part.view_as(parameter).clone() for (name, parameter), part in parts}
+        result = torch.func.functional_call(model, given, kwargs={"input_features": features(2, (2,))})
+        return torch.cat((result.predictions.flatten(), result.synchronisation.flatten()))
+
+    start = torch.nn.utils.parameters_to_vector(parameters.values()).detach().requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (start,), fast_mode=True, check_undefined_grad=False)
+    assert passes
+
+
+def test_gradients_of_ticks_at_once_have_gradients(passes):
+    def second_order(model):
+        torch.manual_seed(0)
+        parameters = list(model.parameters())
+        predictions = model(input_features=features(2, (2,))).predictions
+        gradients = torch.autograd.grad(predictions.square().sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), parameters)
+
+    fast = second_order(tiny_machine(dropout=0.3).train())
+    assert len(passes) == 1
+    plain = second_order(module_by_module(tiny_machine(dropout=0.3).train()))
+    for (name, _), one, other in zip(tiny_machine().named_parameters(), fast, plain, strict=True):
+        assert_close(one, other, name, rtol=1e-9, atol=1e-11)
+
+
+def test_ticks_at_once_run_backward_twice():
+    model = tiny_machine(dropout=0.3).train()
+    loss = model(input_features=features(2, (2,))).predictions.square().sum()
+    first, second = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2))
+    for (name, _), one, other in zip(model.named_parameters(), first, second, strict=True):
+        assert_equal(one, other, name)
+
+
+class WatchedLinear(nn.Linear):
+    """A linear map of another class, as adapters and quantisation put in the place of the model's."""
+
+
+def replace_linear(model):
+    linear = model.tick.query_projection
+    model.tick.query_projection = WatchedLinear(linear.in_features, linear.out_features).double()
+    model.tick.query_projection.load_state_dict(linear.state_dict())
+
+
+def wrap_forward(model):
+    forward = model.tick.synapse.forward
+    model.tick.synapse.forward = lambda *args: forward(*args)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.tick.synapse.register_forward_pre_hook(lambda *_: None),
+        lambda model: model.tick.attention.q_proj.register_full_backward_hook(lambda *_: None),
+        lambda model: model.readout.register_forward_hook(lambda *_: None),
+        lambda model: model.tick.neuron_models.eval() if model.training else model.tick.neuron_models.train(),
+        replace_linear,
+        wrap_forward,
+    ],
+    ids=["pre-hook", "backward-hook", "readout-hook", "other-mode", "other-class", "other-forward"],
+)
+def test_changed_machines_run_module_by_module(change):
+    model = tiny_machine()
+    key = torch.zeros(1, dtype=torch.float64)
+    assert model.can_think_at_once(key)
+    change(model)
+    assert not model.can_think_at_once(key)
+
+
+def test_what_is_followed_runs_module_by_module(passes):
+    model, inputs = tiny_machine(), features(2, (2,))
+    expected = model(input_features=inputs).predictions
+    (gradient,) = torch.autograd.grad(expected.sum(), model.start_state)
+    assert len(passes) == 1
+
+    def predict(start_state):
+        return torch.func.functional_call(
+            model, {"start_state": start_state}, kwargs={"input_features": inputs}
+        ).predictions
+
+    start, direction = model.start_state.detach(), torch.ones_like(model.start_state)
+    by_transform = torch.func.grad(lambda state: predict(state).sum())(start)
+    assert_close(by_transform, gradient, "functional gradient", rtol=1e-9, atol=1e-12)
+    # The library's fused attention has no forward differentiation.
+    model.set_attn_implementation("eager")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(start, direction)
+        tangent = torch.autograd.forward_ad.unpack_dual(predict(dual)).tangent
+    assert tangent.sum().item() == pytest.approx(gradient.sum().item(), rel=1e-9)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None), torch.no_grad():
+        assert_close(model(input_features=inputs).predictions, expected, "hook on all", rtol=1e-10, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.float()(input_features=inputs.float())
+    model.bfloat16()(input_features=inputs)
+    for options in ({"do_layernorm_nlm": True}, {"hyper_nlms": True}):
+        config_class, model_class = ContinuousThoughtMachineConfig, ContinuousThoughtMachineModel
+        if "hyper_nlms" in options:
+            config_class, model_class = HyperContinuousThoughtMachineConfig, HyperContinuousThoughtMachineModel
+        model_class(small_config(config_class, **options))(input_features=features().float())
+    assert len(passes) == 1
+
+
+def test_recording_once_leaves_the_fast_way_open(passes):
+    model = tiny_machine()
+    model(input_features=features(2, (2,)), output_hidden_states=True)
+    assert not passes
+    model(input_features=features(2, (2,)), output_synchronisation_out=True)
+    assert len(passes) == 1
 
 
 def test_what_is_the_same_in_every_tick_is_computed_once():
@@ -828,7 +1034,8 @@ def test_hyper_machine_starts_as_the_plain_one(layers, tmp_path):
     dynamic = [module for module in model.modules() if isinstance(module, ContinuousThoughtMachineHyperLinear)]
     assert len(dynamic) == levels
     assert (model.model.tick.context is None) is (layers == "none")
-    inputs = {"input_features": features().float()}
+    # Recording makes both run module by module, as dynamic weights do anyway.
+    inputs = {"input_features": features().float(), "output_hidden_states": True}
     with torch.no_grad():
         for name in ("predictions", "certainties", "synchronisation"):
             assert_equal(model(**inputs)[name], plain(**inputs)[name], name)
