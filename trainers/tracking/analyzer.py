@@ -26,7 +26,6 @@ class TransformerAnalyzer:
 
     Example:
 
-    ```python
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from trainers.tracking import TransformerAnalyzer
@@ -38,7 +37,6 @@ class TransformerAnalyzer:
     ['h.0.attn', 'h.1.attn']
     >>> len(report["modules"]["h.0.attn"]["entropy"])
     4
-    ```
 
     Args:
         model: any model of the library.

@@ -321,8 +321,9 @@ class RunningSums:
         count = torch.full_like(total, states.shape[0] * states.shape[2])
         none = states.eq(0).sum((0, 2)).to(double) if zeros else torch.zeros_like(total)
         self.put("sum", name, torch.stack([count, total, squares, none], dim=-1))
-        self.put("min", name, states.amin((0, 2)))
-        self.put("max", name, states.amax((0, 2)))
+        low, high = torch.aminmax(states, dim=-1)
+        self.put("min", name, low.amin(0))
+        self.put("max", name, high.amax(0))
 
     def to_host(self) -> dict[tuple[str, str], Any]:
         """All groups as arrays, in the order in which they were first met, with a single transfer."""

@@ -54,7 +54,7 @@ def attention_evolution(maps: Mapping[int, Maps], records: Sequence[Record]) -> 
     by_step = {record["step"]: record for record in records}
     steps = _spread([step for step in sorted(maps) if step in by_step], MOST_STEPS)
     names = [name for name in maps[steps[0]] if all(name in maps[step] for step in steps)][:MOST_MODULES]
-    figure, grid = _grid(len(names) * len(steps), len(steps), 2.3, 2.2, titled=1.1)
+    figure, grid = _grid(len(names) * len(steps), len(steps), 2.3, 2.4, titled=1.1)
     image = None
     for row, name in enumerate(names):
         entropies = np.array(
@@ -66,14 +66,16 @@ def attention_evolution(maps: Mapping[int, Maps], records: Sequence[Record]) -> 
             axes = grid[row * len(steps) + column]
             weights = _array(maps[step][name])[head][:MOST_TOKENS, :MOST_TOKENS]
             image = axes.imshow(weights, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            if column == 0:
+                _label_tokens(axes, weights.shape, *_axis_tokens(by_step[step], name), size=5)
+            else:
+                axes.set_xticks([])
+                axes.set_yticks([])
             entropy = entropies[column, head]
             axes.set_title((f"step {step}\n" if row == 0 else "") + f"Hn {entropy:.2f}", fontsize=8)
             if column == 0:
-                axes.set_ylabel(f"{_abbreviated(name)}\nhead {head}\nquery token", fontsize=8)
-            if row == len(names) - 1:
-                axes.set_xlabel("key token", fontsize=8)
+                axes.set_ylabel(f"{_abbreviated(name)}\nhead {head}\nquery", fontsize=8)
+                axes.set_xlabel("key", fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=grid, label="attention weight (0 to 1)", shrink=0.6)
     figure.suptitle("Attention over training: of each module the head whose entropy changed most")
@@ -156,7 +158,7 @@ def attention_statistics_evolution(records: Sequence[Record]) -> "Figure":
     grid[2].set_xticks(shown, [str(steps[place]) for place in shown])
     grid[2].set_xlabel("update step")
     grid[2].set_ylabel("number of heads")
-    grid[2].legend(fontsize=8)
+    grid[2].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
     figure.suptitle("Attention of the probe examples over training")
     return figure
 
@@ -178,7 +180,7 @@ def qkv_evolution(records: Sequence[Record]) -> "Figure":
             if row == 0:
                 axes.set_title(what)
             if column == 0:
-                axes.set_ylabel(_abbreviated(name), fontsize=8)
+                axes.set_ylabel(f"{_abbreviated(name)}\nvalue", fontsize=8)
             if row == len(names) - 1:
                 axes.set_xlabel("update step")
     figure.suptitle("Queries, keys and values of real tokens: mean over heads, band of one standard deviation")
@@ -230,7 +232,7 @@ def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
             ]
             inside.sort()
             style = {"color": colour, "marker": markers.get(stack, "o"), "markersize": 4, "linewidth": 1}
-            label = f"{stack}, step {record['step']}"
+            label = f"step {record['step']}" if stack == stacks[0] else None
             grid[0].plot([place for place, _, _ in inside], [rms for *_, rms in inside], label=label, **style)
             outputs = [
                 (place, (record["activation_gradients"].get(name) or {}).get("norm")) for place, name, _ in inside
@@ -254,8 +256,10 @@ def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
         axes.set_ylabel(label)
         if axes is not grid[2]:
             axes.xaxis.get_major_locator().set_params(integer=True)
-    grid[0].legend(fontsize=6)
-    grid[2].legend(fontsize=6)
+    for stack in stacks:
+        grid[1].plot([], [], color="0.3", marker=markers.get(stack, "o"), markersize=4, linewidth=1, label=stack)
+    for axes in grid:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     figure.suptitle("Gradient flow")
     return figure
 
@@ -304,17 +308,21 @@ def _grid(count: int, columns: int, width: float, height: float, titled: float =
 def _draw_map(axes: "Axes", weights: np.ndarray, queries: Sequence[str], keys: Sequence[str]):
     weights = weights[:MOST_TOKENS, :MOST_TOKENS]
     image = axes.imshow(weights, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    size = 7 if max(weights.shape) <= 20 else 6
-    for ticks, texts, count in (
-        (axes.set_xticks, keys, weights.shape[1]),
-        (axes.set_yticks, queries, weights.shape[0]),
-    ):
-        labels = [_plain(text) for text in texts[:count]] or [str(place) for place in range(count)]
-        rotation = {"rotation": 90} if ticks == axes.set_xticks else {}
-        ticks(range(len(labels)), labels, fontsize=size, **rotation)
+    _label_tokens(axes, weights.shape, queries, keys, size=7 if max(weights.shape) <= 20 else 6)
     axes.set_xlabel("key", fontsize=8)
     axes.set_ylabel("query", fontsize=8)
     return image
+
+
+def _label_tokens(
+    axes: "Axes", shape: tuple[int, ...], queries: Sequence[str], keys: Sequence[str], size: float
+) -> None:
+    for count, texts, set_ticks, rotation in (
+        (shape[1], keys, axes.set_xticks, 90),
+        (shape[0], queries, axes.set_yticks, 0),
+    ):
+        labels = [_plain(text) for text in texts[:count]] or [str(place) for place in range(count)]
+        set_ticks(range(len(labels)), labels, fontsize=size, rotation=rotation)
 
 
 def _axis_tokens(record: Record, name: str) -> tuple[Sequence[str], Sequence[str]]:

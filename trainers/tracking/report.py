@@ -124,7 +124,12 @@ def write_internals(tracker: InternalsTracker, folder: Path, loss_history: Seque
         place = Path(folder) / FOLDER
         place.mkdir(parents=True, exist_ok=True)
         write_text(place / REPORT, json_text(report))
-        draw(place, tracker.records, tracker.stored_maps())
+        records = tracker.records
+        order = list(records[-1]["attention"])
+        maps = {
+            step: {name: found[name] for name in order if name in found} for step, found in tracker.stored_maps().items()
+        }
+        draw(place, records, maps)
 
     on_main_process(write)
 

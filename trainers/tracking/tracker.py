@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..coupling.capture import evaluation_mode
 from ..errors import UserError
-from ..files import json_text, write_text
+from ..files import write_text
 from .arguments import TrackingArguments
 from .capture import merge
 from .gradients import WeightMeter
@@ -322,7 +322,10 @@ class InternalsTracker(TrainerCallback):
         if self.tokenizer is None:
             return str(token)
         text = self.tokenizer.decode([token])
-        return text if text.strip() else repr(text)[1:-1]
+        if text.strip():
+            return text
+        # White space alone would leave an axis without a label.
+        return repr(text)[1:-1].replace(" ", "␣")
 
     def _thin_out(self, number: int) -> None:
         """Keep at most `maps` files: those of every 2^k-th tracked step, and the newest."""
@@ -439,8 +442,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    # `json_text` turns what is not finite into null; a record is a single line.
-    return json.dumps(json.loads(json_text(record)), ensure_ascii=False) + "\n"
+    # JSON has no NaN and no infinity: read back, these are null.
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def _nonfinite_gradients(record: Mapping[str, Any]) -> list[dict[str, str]]:
