@@ -63,8 +63,10 @@ OPTIONAL_FILES = (
     "processor_config.json",
     "predictions.jsonl",
 )
-REPORT_FOLDERS = ("internals", "coupling")
-REPORT_SUFFIXES = (".json", ".csv", ".png", ".html")
+REPORT_FOLDERS = ("internals", "coupling", "evaluations")
+REPORT_SUFFIXES = (".json", ".csv", ".png", ".gif", ".html")
+# Where the Hub looks for results of a model on data sets: one YAML file per task, written by `trainers.evaluate`.
+RESULTS_FOLDER = ".eval_results"
 # Parts of a path that never leave, wherever they stand: a Trainer's state and a tracker's logs also consist of JSON.
 NEVER = (
     ".*",
@@ -294,6 +296,7 @@ def collect_files(run_dir: Path) -> list[PushFile]:
         names += [
             path.relative_to(run_dir).as_posix() for path in (run_dir / folder).rglob("*") if _is_report(path, run_dir)
         ]
+    names += [f"{RESULTS_FOLDER}/{path.name}" for path in (run_dir / RESULTS_FOLDER).glob("*.yaml")]
     files = []
     for name in sorted(set(names)):
         source = run_dir / name
@@ -526,7 +529,7 @@ def _listing(run_dir: Path, files: list[PushFile], url: str) -> Iterator[str]:
     leaving = {file.path for file in files}
     staying = []
     for path in run_dir.iterdir():
-        if path.name in REPORT_FOLDERS and path.is_dir():
+        if path.name in (*REPORT_FOLDERS, RESULTS_FOLDER) and path.is_dir():
             inside = (inner.relative_to(run_dir).as_posix() for inner in path.rglob("*") if inner.is_file())
             staying += [name for name in inside if name not in leaving]
         elif path.name not in leaving:

@@ -99,6 +99,8 @@ FILES = {
     "README.md",
     "config.json",
     "generation_config.json",
+    ".eval_results/strategyqa.yaml",
+    "evaluations/strategyqa/metrics.json",
     "internals/steps.html",
     "internals/steps.json",
     "internals/steps.png",
@@ -133,6 +135,8 @@ def make_run(folder: Path, architecture: str) -> Path:
     write(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     write(folder / "metrics.json", json.dumps(metrics, indent=1))
     write(folder / "predictions.jsonl", "".join(f"{json.dumps(p)}\n" for p in predictions_of(architecture)))
+    write(folder / ".eval_results/strategyqa.yaml", "[]\n")
+    write(folder / "evaluations/strategyqa/metrics.json", "{}\n")
     write(folder / "internals/steps.json", '{"schema_version": 1}\n')
     write(folder / "internals/steps.html", "<html><body>steps</body></html>\n")
     write(folder / "internals/steps.png", b"\x89PNG\r\n\x1a\n\0\0\0")

@@ -191,7 +191,7 @@ def check_same_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
     for section, now in recipe.as_dict().items():
         then = record.get(section) or {}
         # The folder that held the data may have moved; the fingerprint of the data is compared instead.
-        for name in sorted({*now, *then} - {*DISPLAY_FIELDS, "data_dir"}):
+        for name in sorted({*now, *then} - {*DISPLAY_FIELDS, "data_dir", "teacher_answers"}):
             if now.get(name) != then.get(name):
                 raise UserError(
                     f"--resume: {section}.{name} is {now.get(name)!r} but the run was started with {then.get(name)!r}"
@@ -211,9 +211,9 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
         "git_revision": git_revision(),
     }
     content = recipe.as_dict() | {"provenance": provenance}
-    data_dir = content["task"].get("data_dir")
-    if data_dir is not None:
-        content["task"]["data_dir"] = _without_folders(data_dir)
+    for name in ("data_dir", "teacher_answers"):
+        if content["task"].get(name) is not None:
+            content["task"][name] = _without_folders(content["task"][name])
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

@@ -20,7 +20,15 @@ from transformers import (
 from .adaptive_reasoning_trainer import LOSS_PARTS, AdaptiveReasoningTrainer, ReasoningTrainingArguments
 from .arguments import EvaluationArguments, Kind, Recipe, one_line, user_errors_from_validation
 from .errors import UserError
-from .evaluation import accuracy_metric, decode_predictions, score_predictions, score_trivial, summarise
+from .evaluation import (
+    accuracy_metric,
+    decode_predictions,
+    results_table,
+    score_predictions,
+    score_trivial,
+    summarise,
+)
+from .pretrained import embeddings_from
 from .run import Evaluation, TrainingRun, say
 from .tasks import Example, Task, TaskArguments, get_task
 
@@ -153,26 +161,6 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
     return model
 
 
-def results_table(metrics: dict[str, Any]) -> str:
-    """The test result as aligned text: one line per difficulty level, and the total."""
-
-    def cells(label: str, entry: dict[str, Any]) -> list[str]:
-        low, high = entry["accuracy"]["interval"]
-        steps = "-" if entry["mean_steps"] is None else f"{entry['mean_steps']:.2f}"
-        return [label, str(entry["n"]), f"{entry['accuracy']['value']:.3f}", f"[{low:.3f}, {high:.3f}]", steps]
-
-    percent = f"{100 * metrics['accuracy']['confidence']:g} % interval"
-    rows = [["difficulty", "n", "accuracy", percent, "mean steps"]]
-    rows += [cells(str(entry["difficulty"]), entry) for entry in metrics["by_difficulty"] or []]
-    rows.append(cells("all", metrics))
-    trivial = metrics["trivial"]
-    low, high = trivial["accuracy"]["interval"]
-    rows.append(["trivial", str(metrics["n"]), f"{trivial['accuracy']['value']:.3f}", f"[{low:.3f}, {high:.3f}]", "-"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, f"trivial = {trivial['name']}"])
-
-
 class SequenceToSequenceRun(TrainingRun):
     """A run on a [`Task`][trainers.tasks.Task]."""
 
@@ -186,6 +174,12 @@ class SequenceToSequenceRun(TrainingRun):
 
     def build(self) -> None:
         recipe, training = self.recipe, self.recipe.training
+        best = (training.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in ("loss", self.task.metric):
+            raise UserError(
+                f"training.metric_for_best_model is {best}, but {self.task.name} measures {self.task.metric}; name that, "
+                "or loss"
+            )
         self.splits = {"train": self.task.rows("train"), "validation": self.task.rows("validation")}
         # Read and encoded now so that a bad row stops the run before training; nothing uses it before the end.
         self.splits["test"] = self.task.rows("test")
@@ -197,6 +191,14 @@ class SequenceToSequenceRun(TrainingRun):
         self.train_examples, self.truncated_inputs = len(self.data["train"]), self.data["train"].truncated
         set_seed(training.seed)
         self.model = make_model(recipe, self.tokenizer)
+        if recipe.embeddings_from is not None:
+            copied = embeddings_from(
+                self.model, self.tokenizer, recipe.embeddings_from, revision=recipe.embeddings_revision
+            )
+            say(
+                f"embedding {copied.copied} rows copied from {recipe.embeddings_from}, {copied.averaged} averaged, "
+                f"{copied.kept} kept as initialised"
+            )
         self.model.generation_config.max_new_tokens = recipe.task.max_target_length
         self.model.generation_config.max_length = None
         self.max_steps = recipe.evaluation.max_reasoning_steps or getattr(
@@ -241,7 +243,7 @@ class SequenceToSequenceRun(TrainingRun):
         confidence = float(self.recipe.evaluation.confidence)
         trivial = score_trivial(self.task, self.task.trivial_predictor(self.splits["train"]), examples, confidence)
         records = score_predictions(self.task, examples, decode_predictions(tokens, self.tokenizer), steps)
-        return records, summarise(records, confidence, trivial, self.max_steps, data.truncated)
+        return records, summarise(records, confidence, trivial, self.max_steps, data.truncated, self.task)
 
     def evaluate(self) -> Evaluation:
         _, validation = self.predict("validation")
@@ -252,7 +254,7 @@ class SequenceToSequenceRun(TrainingRun):
     @staticmethod
     def results_table(metrics: dict[str, Any]) -> str:
         title = f"test split, answers by generation ({metrics['task']['metric']}):"
-        return f"{title}\n{results_table(metrics['test'])}"
+        return f"{title}\n{results_table(metrics['test'], metrics['task']['metric'])}"
 
 
 KIND = Kind(
@@ -265,5 +267,5 @@ KIND = Kind(
         "evaluation": GenerationArguments,
     },
     run=SequenceToSequenceRun,
-    metrics=("accuracy", "loss"),
+    metrics=("accuracy", "loss", "rouge_l", "mean_score"),
 )

@@ -5,6 +5,9 @@ gold answer in its canonical form; an empty prediction is therefore never right.
 """
 
 import re
+import string
+import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 
 FINAL_ANSWER_MARK = "####"
@@ -15,7 +18,6 @@ MAX_EXPONENT = 100
 _BEFORE_WORD = r"(?<!\w)(?<!\w['\u2019-])"
 _AFTER_WORD = r"(?!['\u2019-]?\w)"
 _YES_OR_NO = re.compile(f"{_BEFORE_WORD}(yes|no){_AFTER_WORD}", re.IGNORECASE)
-_OPTION_LETTER = re.compile(f"{_BEFORE_WORD}([A-D]){_AFTER_WORD}")
 
 # Possessive quantifiers: a number is read whole or not at all, never as a shorter one that happens to fit.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
@@ -36,13 +38,20 @@ def read_yes_no(text: str) -> str | None:
     return match.group(1).capitalize() if match else None
 
 
-def read_option_letter(text: str) -> str | None:
-    """The first capital letter A, B, C or D that stands alone, in parentheses or not: "(B)", "B.", "Answer: B".
+def read_option_letter(text: str, letters: str = "ABCD") -> str | None:
+    """The first of the given capital letters that stands alone, in parentheses or not: "(B)", "B.", "Answer: B".
 
-    Small letters are not read, since "a" is a word. A capital "A" that begins a sentence is read as the letter.
+    Small letters are not read, since "a" is a word. A capital "A" that begins a sentence is read as the letter, and so
+    is "I" where there are nine options or more.
     """
-    match = _OPTION_LETTER.search(text)
+    match = re.search(f"{_BEFORE_WORD}([{letters}]){_AFTER_WORD}", text)
     return match.group(1) if match else None
+
+
+def read_label(text: str, labels: Sequence[str]) -> str | None:
+    """The first of some one-word labels that stands alone in the text, in any case, spelled as it is in `labels`."""
+    match = re.search(f"{_BEFORE_WORD}({'|'.join(map(re.escape, labels))}){_AFTER_WORD}", text, re.IGNORECASE)
+    return next(label for label in labels if label.lower() == match.group(1).lower()) if match else None
 
 
 def read_number(text: str) -> str | None:
@@ -63,6 +72,15 @@ def read_number(text: str) -> str | None:
         return None
     value = _value(matches[0 if mark else -1])
     return None if value is None else canonical_number(value)
+
+
+def plain_text(text: str) -> str:
+    """A short answer as exact match compares it: without case, punctuation at the ends, and spacing of its own.
+
+    Unicode forms are folded (NFKC). Words are left alone: "the cat" and "cat" differ.
+    """
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.strip(string.punctuation + " ") or folded
 
 
 def parse_number(text: str) -> Fraction | None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -26,6 +26,8 @@ class Example:
         target: what the model learns to write.
         answer: the gold answer in the canonical form that [`Task.score`] compares.
         difficulty: a label that groups examples in reports, for instance a number of hops, or `None`.
+        references: all answers that count as good, where there are several; `answer` is one of them. Empty otherwise.
+        num_options: number of options of a multiple-choice question; 0 for any other.
     """
 
     id: str
@@ -33,14 +35,33 @@ class Example:
     target: str
     answer: str
     difficulty: int | str | None = None
+    references: tuple[str, ...] = ()
+    num_options: int = 0
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every good answer: the references, or the one answer where there are none."""
+        return self.references or (self.answer,)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Whether a prediction is right, and the answer read from it; `parsed` is `None` if it holds none."""
+    """How good a prediction is, and the answer read from it.
 
-    correct: bool
+    Attributes:
+        correct: whether the answer is right; `None` under a metric that knows only degrees.
+        parsed: the answer read from the prediction, or `None` if it holds none.
+        degree: how good the answer is, from 0 to 1, under a metric that knows degrees.
+    """
+
+    correct: bool | None
     parsed: str | None
+    degree: float | None = None
+
+    @property
+    def value(self) -> float:
+        """What the metric averages: the degree, or 1 for a right answer and 0 for any other."""
+        return float(bool(self.correct)) if self.degree is None else self.degree
 
 
 @dataclass(frozen=True)
@@ -64,11 +85,17 @@ class SplitReport:
         examples: number of examples that [`Task.rows`] returns.
         leaked: examples dropped because their question also occurs in a later split (validation or test).
         repeated: examples, kept, whose question occurs earlier in the same split.
+        near_leaked: examples dropped because their question is nearly one of a later split; see
+            `TaskArguments.near_duplicate_similarity`.
+        without_teacher: training examples dropped because no answer of a teacher was found for them, or a wrong one;
+            see `TaskArguments.teacher_answers`.
     """
 
     examples: int
     leaked: int = 0
     repeated: int = 0
+    near_leaked: int = 0
+    without_teacher: int = 0
 
 
 @strict
@@ -93,7 +120,28 @@ class TaskArguments:
         default=0.1,
         metadata={"help": "Share of train that is held out for validation when the data has no validation split."},
     )
+    test_fraction: float | int | None = field(
+        default=None,
+        metadata={"help": "Share of train that is held out for the test; only for data without a test split."},
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of the held-out share and of random subsets."})
+    near_duplicate_similarity: float | int | None = field(
+        default=None,
+        metadata={
+            "help": "Drop an example whose question is at least so similar to one of a later split: the Jaccard "
+            "similarity, in (0, 1], of their five-character pieces. 1 leaves all but equal questions."
+        },
+    )
+    teacher_answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .jsonl file with id and prediction, as trainers.evaluate --split train writes it: the answers "
+            "of another model, learned in the place of the gold targets."
+        },
+    )
+    teacher_filter: Literal["all", "correct"] = field(
+        default="all", metadata={"help": "Learn all answers of the teacher, or those that the metric counts as right."}
+    )
     max_source_length: int | None = field(
         default=None, metadata={"help": "Longest input in tokens, <eos> included; longer ones lose their beginning."}
     )
@@ -114,6 +162,13 @@ class TaskArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}; it must lie between 0 and 1")
+        similarity = self.near_duplicate_similarity
+        if similarity is not None and not 0 < similarity <= 1:
+            raise ValueError(f"near_duplicate_similarity is {similarity}; it must lie above 0 and be at most 1")
+        if self.teacher_filter != "all" and self.teacher_answers is None:
+            raise ValueError(f"teacher_filter is {self.teacher_filter}, but teacher_answers names no file")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
 
@@ -143,8 +198,9 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str] = "accuracy"
-    license: ClassVar[str]
+    metric: str = "accuracy"
+    """What the mean of [`Score.value`] is called: "accuracy" for right or wrong, else for example "rouge_l"."""
+    license: str
     """Licence of the data as its source states it."""
     options_class: ClassVar[type] = NoOptions
 
@@ -202,6 +258,10 @@ class Task(ABC):
         """The group an example falls into in reports, or `None` if the data has no such label."""
         return example.difficulty
 
+    def component(self, example: Example) -> str | None:
+        """The part of a mixture that an example belongs to, or `None` if the task is no mixture."""
+        return None
+
     def trivial_predictor(self, train: Sequence[Example]) -> TrivialPredictor:
         """The best rule without a model, chosen on training examples only: here, the most frequent answer."""
         answer = most_frequent([example.answer for example in train])
@@ -226,6 +286,17 @@ class Task(ABC):
         """
         return tokenize(example.prompt, tokenizer)[-room:]
 
+    def shorten_target(self, example: Example, labels: list[int]) -> list[int]:
+        """At most `max_target_length` of the labels of a target that is too long; here, an error.
+
+        Raises:
+            UserError: naming the example and its length.
+        """
+        raise UserError(
+            f"task.max_target_length: {self.target_limit}, but the target of example {example.id} "
+            f"has {len(labels)} tokens"
+        )
+
     def encode_source(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the prompt and `<eos>`, at most `max_source_length` of them.
 
@@ -245,15 +316,12 @@ class Task(ABC):
         """An example as `{"input_ids", "labels"}`: prompt and target as token ids, each with `<eos>` at the end.
 
         Raises:
-            UserError: if the target is longer than `max_target_length` (a target is never cut), or the task refuses to
-                shorten the prompt.
+            UserError: if the target is longer than `max_target_length` and the task does not shorten targets (few do:
+                an exact answer is never cut), or if it refuses to shorten the prompt.
         """
         labels = [*tokenize(example.target, tokenizer), tokenizer.eos_token_id]
         if len(labels) > self.target_limit:
-            raise UserError(
-                f"task.max_target_length: {self.target_limit}, but the target of example {example.id} "
-                f"has {len(labels)} tokens"
-            )
+            labels = self.shorten_target(example, labels)
         return {"input_ids": self.encode_source(example, tokenizer), "labels": labels}
 
     def truncated(self, examples: Sequence[Example]) -> int:

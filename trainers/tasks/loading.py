@@ -1,10 +1,10 @@
 """Tasks whose rows are stored: on the Hub, or in local files with the same fields."""
 
+import dataclasses
 import hashlib
 import json
-import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import UserError
 from .base import SPLITS, Example, SplitReport, Task, TaskArguments, check_split
+from .duplicates import NearDuplicates, question_key
 from .tokenization import byte_level_bpe
 
 logger = logging.get_logger(__name__)
@@ -73,26 +74,45 @@ class Row:
         return value.strip()
 
 
+class LaterQuestions:
+    """The questions of a split that earlier splits must not hold, as hashes of the whole and of their pieces."""
+
+    def __init__(self, questions: Iterable[str], similarity: float):
+        texts = list(questions)
+        self.keys = frozenset(map(question_key, texts))
+        self.near = NearDuplicates(list(dict.fromkeys(texts)), similarity) if similarity < 1 else None
+
+
 class StoredTask(Task):
     """A task with rows on the Hub or, with `data_dir`, in local files.
 
-    Splits. The test split is the source's own and is never part of another. A validation split of the source is used
-    as it is; without one, `validation_fraction` of train is held out, chosen by a hash of `split_seed` and the question
+    Splits. The test split is the source's own and is never part of another; only where `test_fraction` says so, for
+    data without one, that share of train is held out instead. A validation split of the source is used as it is;
+    without one, `validation_fraction` of train is held out, chosen by a hash of `split_seed` and the question
     (so neither the order of the rows nor a library's random generator matters), and equal questions stay on one side.
     A train example whose question, apart from case and spacing, also occurs in validation or test is dropped, and so
-    is one of validation that occurs in test. For that check alone, train and validation read the later splits, and
-    keep nothing of them but hashes of the questions.
+    is one of validation that occurs in test. The same befalls near duplicates: questions whose five-character pieces
+    have a Jaccard similarity of `near_duplicate_similarity` or more with those of a question of a later split (see
+    [`~trainers.tasks.duplicates.NearDuplicates`]). Both are counted in the report and told in a warning. For these
+    checks alone, train and validation read the later splits, and keep nothing of them but hashes.
+
+    Teacher. With `teacher_answers` the targets of train, and of train alone, are replaced by the answers that another
+    model gave to the same ids (knowledge distillation at the level of sequences, Kim and Rush 2016, arXiv:1606.07947).
+    Examples without one are dropped and counted.
 
     Local files. `<name>.jsonl` (an object a line) or `<name>.json` (an array of objects) in `data_dir`, with the name
     of the split, or another that `local_names` allows. `data_dir` goes before `hub_id`.
     """
 
-    hub_id: ClassVar[str]
+    hub_id: ClassVar[str | None]
     hub_config: ClassVar[str | None] = None
     hub_revision: ClassVar[str | None] = None
     hub_has_validation: ClassVar[bool] = False
+    hub_splits: ClassVar[dict[str, str]] = {split: split for split in SPLITS}
+    """Names on the Hub of the splits that are taken for train, validation and test."""
     local_names: ClassVar[dict[str, tuple[str, ...]]] = {split: (split,) for split in SPLITS}
     id_field: ClassVar[str] = "id"
+    near_duplicate_similarity: ClassVar[float] = 0.8
     max_source_length: ClassVar[int]
     max_target_length: ClassVar[int]
 
@@ -100,13 +120,14 @@ class StoredTask(Task):
         super().__init__(arguments)
         self._splits: dict[str, list[Example]] = {}
         self._reports: dict[str, SplitReport] = {}
-        self._keys: dict[str, frozenset[bytes]] = {}
+        self._later: dict[str, LaterQuestions] = {}
 
     def default_arguments(self) -> dict[str, Any]:
         return {
             "hub_id": self.hub_id,
             "hub_config": self.hub_config,
             "hub_revision": self.hub_revision,
+            "near_duplicate_similarity": self.near_duplicate_similarity,
             "max_source_length": self.max_source_length,
             "max_target_length": self.max_target_length,
         }
@@ -149,17 +170,41 @@ class StoredTask(Task):
         texts = (text for example in train_examples for text in (example.prompt, example.target))
         return byte_level_bpe(texts, vocab_size, model_max_length=self.source_limit)
 
+    def gather(self, split: str, examples: list[Example]) -> list[Example]:
+        """The examples of a split as they are kept; a task may join those of one question here."""
+        return examples
+
     def _load(self, split: str) -> None:
         if split != "test" and not self._has_validation():
             self._hold_out()
         else:
-            self._keep(split, self._read(split), seen=self._questions(SPLITS[SPLITS.index(split) + 1 :]))
+            examples = self._candidates(split)
+            later = [self._questions_of(name) for name in SPLITS[SPLITS.index(split) + 1 :]]
+            self._keep(split, examples, self._leaks(examples, later))
+
+    def _candidates(self, split: str) -> list[Example]:
+        """The examples of a split before leaks are dropped."""
+        fraction = self.arguments.test_fraction
+        if fraction is None or split == "validation":
+            return self._read(split)
+        if self.arguments.data_dir is not None:
+            found = find_file(Path(self.arguments.data_dir).expanduser(), self.local_names["test"])
+            if found is not None:
+                raise UserError(f"task.test_fraction: leave it out, since {found} is the test split")
+        examples = self._read("train")
+        keys = sorted(set(map(self._key, examples)), key=self._shuffled)
+        count = round(len(keys) * fraction)
+        if not 0 < count < len(keys):
+            raise UserError(f"task.test_fraction: {fraction} of {len(keys)} questions leaves train or test empty")
+        chosen = set(keys[:count])
+        return [example for example in examples if (self._key(example) in chosen) == (split == "test")]
 
     def _hold_out(self) -> None:
-        """Divide the source's train split into train and validation."""
-        examples = self._read("train")
-        seen = self._questions(("test",))
-        clean = {key for key in map(self._key, examples) if key not in seen}
+        """Divide the train split into train and validation."""
+        examples = self._candidates("train")
+        test = self._questions_of("test")
+        leaks = self._leaks(examples, [test])
+        clean = {key for key in map(self._key, examples) if key not in leaks}
         if not clean:
             raise UserError(f"{self.name}: every train question occurs in the test split; nothing is left")
         count = round(len(clean) * self.arguments.validation_fraction)
@@ -169,37 +214,83 @@ class StoredTask(Task):
                 "train or validation empty"
             )
         held_out = set(sorted(clean, key=self._shuffled)[:count])
-        self._keep("train", [e for e in examples if self._key(e) not in held_out], seen=seen)
-        self._keep("validation", [e for e in examples if self._key(e) in held_out])
+        validation = [example for example in examples if self._key(example) in held_out]
+        train = [example for example in examples if self._key(example) not in held_out]
+        clean_train = [example for example in train if self._key(example) not in leaks]
+        leaks |= self._leaks(clean_train, [LaterQuestions(map(self.question, validation), self._similarity)])
+        self._keep("train", train, leaks)
+        self._keep("validation", validation, {})
 
-    def _keep(self, split: str, examples: list[Example], seen: frozenset[bytes] = frozenset()) -> None:
-        kept = [example for example in examples if self._key(example) not in seen]
-        leaked = len(examples) - len(kept)
+    def _keep(self, split: str, examples: list[Example], leaks: Mapping[bytes, str]) -> None:
+        kept = [example for example in examples if self._key(example) not in leaks]
+        near_leaked = sum(leaks.get(self._key(example)) == "near" for example in examples)
+        leaked = len(examples) - len(kept) - near_leaked
         if leaked:
             logger.warning(f"{self.name}: dropped {leaked} {split} example(s) whose question occurs in a later split")
+        if near_leaked:
+            logger.warning(
+                f"{self.name}: dropped {near_leaked} {split} example(s) whose question nearly occurs in a later split "
+                f"(similarity {self._similarity:g} or more; task.near_duplicate_similarity: 1 keeps them)"
+            )
         if not kept:
             raise UserError(f"{self.name}: every {split} question occurs in a later split; nothing is left")
+        kept = self.gather(split, kept)
         most = self.arguments.max_samples(split)
         if most is not None and most < len(kept):
             chosen = set(
                 sorted((example.id for example in kept), key=lambda name: self._shuffled(name.encode()))[:most]
             )
             kept = [example for example in kept if example.id in chosen]
+        found = len(kept)
+        if split == "train" and self.arguments.teacher_answers is not None:
+            kept = self._taught(kept, Path(self.arguments.teacher_answers).expanduser())
         self._splits[split] = kept
         self._reports[split] = SplitReport(
-            examples=len(kept), leaked=leaked, repeated=len(kept) - len({self._key(example) for example in kept})
+            examples=len(kept),
+            leaked=leaked,
+            repeated=len(kept) - len({self._key(example) for example in kept}),
+            near_leaked=near_leaked,
+            without_teacher=found - len(kept),
         )
 
-    def _key(self, example: Example) -> bytes:
-        text = " ".join(unicodedata.normalize("NFKC", self.question(example)).casefold().split())
-        return hashlib.sha256(text.encode()).digest()
+    def _taught(self, examples: list[Example], path: Path) -> list[Example]:
+        """The examples with a teacher's answers as their targets; those without one are left out."""
+        if path.suffix != ".jsonl" or not path.is_file():
+            raise UserError(f"task.teacher_answers: {path} is no .jsonl file")
+        answers = {row.text("id"): row.get("prediction", str, "text").strip() for row in read_file(path, "train")}
+        taught = []
+        for example in examples:
+            answer = answers.get(example.id)
+            if answer and (self.arguments.teacher_filter == "all" or self.score(answer, example).correct):
+                taught.append(dataclasses.replace(example, target=answer))
+        if not taught:
+            raise UserError(f"task.teacher_answers: {path} holds no usable answer to any train example of {self.name}")
+        return taught
 
-    def _questions(self, splits: Sequence[str]) -> frozenset[bytes]:
-        """Hashes of the questions of splits of the source."""
-        for split in splits:
-            if split not in self._keys:
-                self._keys[split] = frozenset(map(self._key, self._read(split)))
-        return frozenset().union(*(self._keys[split] for split in splits))
+    @property
+    def _similarity(self) -> float:
+        similarity = self.arguments.near_duplicate_similarity
+        return self.near_duplicate_similarity if similarity is None else similarity
+
+    def _key(self, example: Example) -> bytes:
+        return question_key(self.question(example))
+
+    def _leaks(self, examples: Sequence[Example], later: "Sequence[LaterQuestions]") -> dict[bytes, str]:
+        """Key of each question that occurs ("exact") or nearly occurs ("near") in a later split."""
+        questions = {self._key(example): self.question(example) for example in examples} if later else {}
+        found: dict[bytes, str] = {}
+        for key, question in questions.items():
+            if any(key in split.keys for split in later):
+                found[key] = "exact"
+            elif any(split.near is not None and question in split.near for split in later):
+                found[key] = "near"
+        return found
+
+    def _questions_of(self, split: str) -> "LaterQuestions":
+        """The questions of a split of the source, as hashes."""
+        if split not in self._later:
+            self._later[split] = LaterQuestions(map(self.question, self._candidates(split)), self._similarity)
+        return self._later[split]
 
     def _shuffled(self, key: bytes) -> bytes:
         """Sort key of a seeded permutation."""
@@ -218,6 +309,7 @@ class StoredTask(Task):
         return examples
 
     def _has_validation(self) -> bool:
+        """Whether the source has a validation split of its own."""
         if self.arguments.data_dir is None:
             return self.hub_has_validation
         return find_file(Path(self.arguments.data_dir).expanduser(), self.local_names["validation"]) is not None
@@ -225,7 +317,10 @@ class StoredTask(Task):
     def _source_rows(self, split: str) -> Iterator[Row]:
         if self.arguments.data_dir is None:
             arguments = self.arguments
-            return read_hub(arguments.hub_id or self.hub_id, arguments.hub_config, arguments.hub_revision, split)
+            if arguments.hub_id is None:
+                raise UserError(f"task.data_dir: {self.name} needs a folder with the data, or task.hub_id")
+            name = self.hub_splits[split]
+            return read_hub(arguments.hub_id, arguments.hub_config, arguments.hub_revision, name, split)
         folder, names = Path(self.arguments.data_dir).expanduser(), self.local_names[split]
         path = find_file(folder, names)
         if path is None:
@@ -283,24 +378,33 @@ def read_file(path: Path, split: str) -> Iterator[Row]:
         yield Row(str(path), split, number, value)
 
 
-def read_hub(hub_id: str, config: str | None, revision: str | None, split: str) -> Iterator[Row]:
+def read_hub(
+    hub_id: str, config: str | None, revision: str | None, hub_split: str, split: str | None = None
+) -> Iterator[Row]:
     """The rows of a split of a data set on the Hub, or of its cached copy.
 
+    Args:
+        hub_split: the split's name on the Hub.
+        split: the split it is taken for, where that differs.
+
     Raises:
-        UserError: in one line, whatever goes wrong: no network, no such data set, configuration, revision or split.
+        UserError: in one line, whatever goes wrong: no network, no such data set, configuration, revision or split; and
+            for a split without rows.
     """
     import datasets  # takes seconds to import, and local files do without it
 
-    name = f"{hub_id} ({split})"
+    name = f"{hub_id} ({hub_split})"
     try:
-        rows = datasets.load_dataset(hub_id, config, revision=revision, split=split)
+        rows = datasets.load_dataset(hub_id, config, revision=revision, split=hub_split)
     except Exception as error:  # a dozen unrelated classes: connection, HTTP, builder, parsing, missing files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{name}: could not be loaded from the Hub ({reason}); with local files of the same fields, use --data_dir"
         ) from error
+    if not len(rows):
+        raise UserError(f"{name}: holds no rows")
     for number, values in enumerate(rows, 1):
-        yield Row(name, split, number, values)
+        yield Row(name, split or hub_split, number, values)
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:

@@ -99,7 +99,7 @@ class PointerChase(Task):
 
     def __init__(self, arguments: TaskArguments):
         super().__init__(arguments)
-        for argument in ("data_dir", "hub_id", "hub_config", "hub_revision"):
+        for argument in ("data_dir", "hub_id", "hub_config", "hub_revision", "teacher_answers", "test_fraction"):
             if getattr(arguments, argument) is not None:
                 raise UserError(f"task.{argument}: {self.name} is generated and reads no data; leave it out")
         words = self.options.num_symbols + 3

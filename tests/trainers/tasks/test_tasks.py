@@ -7,7 +7,7 @@ import pickle
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from tests.trainers.tasks.tools import DATA, make_task
+from tests.trainers.tasks.tools import COLUMNS, DATA, make_task
 from trainers.errors import UserError
 from trainers.tasks import TASKS, Example, Task, TaskArguments, get_task
 from trainers.tasks.base import SPLITS, build_options
@@ -15,9 +15,21 @@ from trainers.tasks.base import SPLITS, build_options
 POINTER_CHASE = {"num_train": 200, "num_validation": 20, "num_test": 20}
 
 
+OPTIONS = {
+    "pointer_chase": POINTER_CHASE,
+    "columns": COLUMNS,
+    "mixture": {
+        "components": [
+            {"name": "strategyqa", "data_dir": str(DATA / "strategyqa"), "weight": 3},
+            {"name": "commonsenseqa", "data_dir": str(DATA / "commonsenseqa")},
+        ]
+    },
+}
+
+
 def small_task(name: str, **arguments) -> Task:
-    if name == "pointer_chase":
-        arguments["options"] = POINTER_CHASE | arguments.get("options", {})
+    if name in OPTIONS:
+        arguments["options"] = OPTIONS[name] | arguments.get("options", {})
     return make_task(name, **arguments)
 
 
@@ -36,13 +48,17 @@ def tokenizer(task):
 def test_gold_targets_are_right_and_empty_predictions_are_not(task, split):
     examples = task.rows(split)
     assert len(examples) > 0
+    right = True if task.metric == "accuracy" else None
     for example in examples:
-        assert task.score(example.target, example).correct
+        assert task.score(example.target, example).correct is right
+        assert task.score(example.target, example).value == 1
         assert task.score(example.target, example).parsed == example.answer
-        assert task.score(f" {example.target}\n", example).correct
+        assert task.score(f" {example.target}\n", example).value == 1
         for nothing in ("", "  ", "?", "<eos>"):
             score = task.score(nothing, example)
-            assert (score.correct, score.parsed) == (False, None)
+            assert score.value == 0
+            if right or not nothing.strip():
+                assert (score.correct, score.parsed) == (right and False, None)
 
 
 def test_splits_are_disjoint_and_ids_unique(task):
@@ -50,6 +66,8 @@ def test_splits_are_disjoint_and_ids_unique(task):
     assert len(set.union(*prompts)) == sum(map(len, prompts))
     ids = [example.id for split in SPLITS for example in task.rows(split)]
     assert len(ids) == len(set(ids))
+    # The made-up rows of LogiQA come from a few templates, and so do not keep apart.
+    assert any(task.report(split).near_leaked for split in SPLITS) == (task.name == "logiqa")
     assert [task.report(split).examples for split in SPLITS] == [len(task.rows(split)) for split in SPLITS]
 
 
@@ -74,12 +92,14 @@ def test_the_trivial_predictor_sees_no_answer(task):
     assert predictions == [predictor.predict(example) for example in examples]
     assert all(task.score(p, e).parsed is not None for p, e in zip(predictions, examples, strict=True))
     assert "training split" in predictor.name
+    # Chosen on training examples alone, so it may be computed without the test.
+    assert all(0 <= task.score(p, e).value <= 1 for p, e in zip(predictions, examples, strict=True))
 
 
 def test_a_task_says_where_its_data_comes_from(task):
     assert task.source
     assert task.license
-    assert task.metric == "accuracy"
+    assert task.metric == ("rouge_l" if task.name in ("commongen", "eli5") else "accuracy")
 
 
 def test_the_resolved_arguments_build_the_same_task(task):
@@ -260,7 +280,8 @@ def test_every_argument_has_help():
         (
             {"name": "gsm8"},
             "task.name: unknown task 'gsm8'; did you mean 'gsm8k'?; "
-            "known tasks: strategyqa, logiqa, gsm8k, pointer_chase",
+            "known tasks: strategyqa, logiqa, gsm8k, commonsenseqa, arc_easy, arc_challenge, multinli, commongen, "
+            "eli5, pointer_chase, columns, mixture",
         ),
         (
             {"name": "gsm8k", "options": {"taget": "answer"}},

@@ -1,0 +1,110 @@
+"""Token embeddings of a pretrained model as the starting point of a model with another vocabulary."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UserError
+from .loading import load_model
+
+SPECIAL_ROLES = ("pad_token", "bos_token", "eos_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class CopiedEmbeddings:
+    """What became of the rows of an embedding matrix.
+
+    Attributes:
+        copied: tokens whose text is one token of the source, and special tokens that it has too: they take its row.
+        averaged: tokens whose text is several tokens of the source: they take the mean of these rows.
+        kept: the others, for instance bytes that are no text by themselves: they keep their initial values.
+    """
+
+    copied: int
+    averaged: int
+    kept: int
+
+
+@torch.no_grad()
+def embeddings_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> CopiedEmbeddings:
+    """Set a model's input embeddings by those of a pretrained model, token by token.
+
+    The text of each token is read by the source's tokenizer; its embedding becomes the mean of the source's embeddings
+    of what was read. For a text that the source knows as one token this is a copy. Special tokens go by their role
+    (padding, start, end, unknown). The rows set are then scaled by one common factor, so that they have the root mean
+    square that the model's own initialisation gave them: a model that multiplies embeddings by a constant, or ties them
+    to its output, is made for that size. Directions, and lengths relative to each other, are the source's. Output
+    weights that are tied follow; untied ones stay.
+
+    Args:
+        model: with input embeddings `(vocab_size, hidden_size)` in the order of `tokenizer`.
+        tokenizer: the model's.
+        source: folder or Hub id of a model with its tokenizer.
+        revision: Hub revision of the source.
+        trust_remote_code: whether code that the source's repository brings may run.
+
+    Returns:
+        How many rows were set in which way.
+
+    Raises:
+        UserError: in one line, if the source cannot be loaded, its embeddings have another width, or no token's text
+            can be read by its tokenizer.
+    """
+    field = "model.embeddings_from"
+    pretrained, reader = load_model(
+        source,
+        auto_class=AutoModel,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        device="cpu",
+        option=field,
+    )
+    assert reader is not None  # `load_model` raises without one
+    target = cast(nn.Embedding, model.get_input_embeddings()).weight
+    rows = cast(nn.Embedding, pretrained.get_input_embeddings()).weight
+    if rows.shape[1] != target.shape[1]:
+        raise UserError(
+            f"{field}: the embeddings of {source!r} have width {rows.shape[1]}, and model.hidden_size is "
+            f"{target.shape[1]}; they must be equal"
+        )
+    readings = [read_token(tokenizer, reader, token) for token in range(len(tokenizer))]
+    found = [token for token, pieces in enumerate(readings) if pieces]
+    if not found:
+        raise UserError(f"{field}: the tokenizer of {source!r} can read none of the model's tokens")
+    values = torch.stack([rows[readings[token]].mean(dim=0) for token in found])
+    initial = target[found].float().square().mean().sqrt()
+    values *= initial / values.square().mean().sqrt()
+    target[found] = values.to(target)
+    lengths = [len(readings[token]) for token in found]
+    copied = lengths.count(1)
+    return CopiedEmbeddings(copied=copied, averaged=len(found) - copied, kept=target.shape[0] - len(found))
+
+
+def read_token(tokenizer: PreTrainedTokenizerBase, reader: PreTrainedTokenizerBase, token: int) -> list[int]:
+    """The tokens of another tokenizer for the text of a token; none if it has no text that the other can read.
+
+    Args:
+        tokenizer: whose token it is.
+        reader: the other tokenizer.
+        token: id of the token.
+    """
+    if token in tokenizer.all_special_ids:
+        roles = [role for role in SPECIAL_ROLES if getattr(tokenizer, f"{role}_id") == token]
+        ids = [getattr(reader, f"{role}_id") for role in roles]
+        return [found for found in ids if found is not None][:1]
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return []  # a byte that is part of a character
+    pieces = reader(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [] if reader.unk_token_id in pieces else pieces
