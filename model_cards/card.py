@@ -22,13 +22,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .architectures import Architecture, architecture_of
+from .further_results import further_results
 from .markdown import code, one_line, python_string, table, text
 from .run_folder import CardError, Fields, RunFolder, Score
+from .snippets import snippet
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md.jinja")
 
-# The Hub and transformers 5 have folded "text2text-generation" into this task; it is kept as a plain tag.
-PIPELINE_TAG = "text-generation"
 MOST_LOSS_ROWS = 12
 MOST_LISTED_REPORTS = 30
 
@@ -104,9 +104,10 @@ def write_card(
 def compare_scores(model: Score, trivial: Score) -> str:
     """How a model's score stands to the trivial predictor's: `better`, `worse`, or `not distinguishable` when their
     intervals share a point."""
+    above, below = ("worse", "better") if model.less_is_better else ("better", "worse")
     if model.low > trivial.high:
-        return "better"
-    return "worse" if model.high < trivial.low else "not distinguishable"
+        return above
+    return below if model.high < trivial.low else "not distinguishable"
 
 
 def duration(seconds: float) -> str:
@@ -127,13 +128,14 @@ def thin(rows: Sequence[Any], most: int) -> list[Any]:
 def _metadata(run: RunFolder, architecture: Architecture, repo_id: str | None, license: str) -> ModelCardData:
     task, data = run.metrics.section("task"), run.recipe.section("task")
     model_type, task_name = run.config.text("model_type"), one_line(task.text("name"))
+    hub_task = architecture.hub_task(run.metrics.text("architecture"))
     hub_id = None if data.maybe_text("data_dir") else data.maybe_text("hub_id")
     dataset = hub_id if hub_id and _is_repo_id(hub_id) else None
     model = run.recipe.section("model")
     # A revision stands beside Hub ids only; without one the name may be a folder.
     base_model = model.maybe_text("pretrained") if model.maybe_text("pretrained_revision") else None
     result = EvalResult(
-        task_type=PIPELINE_TAG,
+        task_type=hub_task,
         task_name=task_name,
         dataset_type=dataset or task_name,
         dataset_name=task_name,
@@ -142,14 +144,14 @@ def _metadata(run: RunFolder, architecture: Architecture, repo_id: str | None, l
         dataset_split="test",
         metric_type=run.metric,
         metric_name=run.metric_title,
-        metric_value=round(Score.read(run.metrics.section("test"), run.metric).value, 4),
+        metric_value=float(f"{Score.read(run.metrics.section('test'), run.metric).value:.4g}"),
     )
-    steps_tag = ["adaptive-computation"] if architecture.halting else []
+    tags = [*(["adaptive-computation"] if architecture.halting else []), *architecture.tags]
     return ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=["adaptive-reasoners", model_type, *steps_tag, "text2text-generation", task_name],
+        pipeline_tag=hub_task,
+        tags=["adaptive-reasoners", model_type, *tags, task_name],
         datasets=[dataset] if dataset else None,
         base_model=base_model if base_model and _is_repo_id(base_model) else None,
         metrics=[run.metric],
@@ -179,7 +181,7 @@ def _body(run: RunFolder, architecture: Architecture, repo_id: str | None, revis
         "sources": _sources(run, architecture),
         "results_table": _results_table(run, score, trivial),
         "verdict": _verdict(score, trivial, verdict) if trivial and verdict else None,
-        "results_notes": _results_notes(run, score),
+        "results_notes": _results_notes(run, architecture, score),
         "loading_place": _loading_place(run, repo_id, revision),
         "place": "repository" if repo_id else "folder",
         "snippet": _snippet(run, architecture, repo_id, revision),
@@ -187,6 +189,7 @@ def _body(run: RunFolder, architecture: Architecture, repo_id: str | None, revis
         "architecture_table": _architecture_table(run, architecture),
         "steps_rule": architecture.stopping_rule(run.config) if architecture.halting else None,
         "difficulty_table": _difficulty_table(run),
+        "further_results": further_results(run),
         "steps_observed": _steps_observed(run) if architecture.halting else None,
         "steps_table": _steps_table(run) if architecture.halting else None,
         "data": _data(run),
@@ -236,12 +239,16 @@ def _sources(run: RunFolder, architecture: Architecture) -> str:
 
 def _results_table(run: RunFolder, score: Score, trivial: Score | None) -> str:
     def row(label: str, split: str, entry: Score) -> list[str]:
-        return [label, split, f"{entry.value:.3f}", f"{entry.low:.3f} to {entry.high:.3f}", f"{entry.n:,}"]
+        return [label, split, entry.show(entry.value), entry.interval, f"{entry.n:,}"]
 
     rows = [row("**This model**", "test", score)]
     if trivial:
         name = run.metrics.section("test").section("trivial").text("name")
         rows.append(row(f"Trivial predictor: {text(name)}", "test", trivial))
+    for baseline in run.metrics.section("test").rows("baselines"):
+        name = baseline.text("name")
+        if not trivial or name != run.metrics.section("test").section("trivial").text("name"):
+            rows.append(row(f"Without a model: {text(name)}", "test", Score.read(baseline, run.metric)))
     validation = run.metrics.maybe_section("validation")
     if validation:
         rows.append(row("This model", "validation", Score.read(validation, run.metric)))
@@ -255,17 +262,17 @@ def _verdict(score: Score, trivial: Score, verdict: str) -> str:
         caution = " The rule is strict: a small difference can hide from it, above all with few examples."
     return (
         f"On the test split this model is **{verdict} {'from' if caution else 'than'} the trivial predictor** "
-        f"({score.value:.3f} against {trivial.value:.3f}). Rule: two scores count as different only if their "
-        f"{_level(score)} intervals share no point.{caution}"
+        f"({score.show(score.value)} against {trivial.show(trivial.value)}). Rule: two scores count as different only "
+        f"if their {_level(score)} intervals share no point.{caution}"
     )
 
 
-def _results_notes(run: RunFolder, score: Score) -> str:
+def _results_notes(run: RunFolder, architecture: Architecture, score: Score) -> str:
     test = run.metrics.section("test")
     method = (
-        "The model was scored on the answers it generates. Neither training nor the choice of a checkpoint saw the "
-        f"test split. Intervals: {text(score.method)}; they cover the choice of test examples, not the variation "
-        f"between training runs. This is one run, with seed {run.metrics.count('seed')}."
+        f"{architecture.scoring} Neither training nor the choice of a checkpoint saw the test split. Intervals: "
+        f"{text(score.method)}; they cover the choice of test examples, not the variation between training runs. This "
+        f"is one run, with seed {run.metrics.count('seed')}."
     )
     notes = []
     unparseable = test.maybe_count("unparseable")
@@ -307,47 +314,9 @@ def _loading_place(run: RunFolder, repo_id: str | None, revision: str | None) ->
 
 
 def _snippet(run: RunFolder, architecture: Architecture, repo_id: str | None, revision: str | None) -> str:
-    head = run.metrics.text("architecture")
-    if not head.endswith("ForConditionalGeneration"):
-        raise run.metrics.error("architecture", f"is {head!r}; cards are drawn for ...ForConditionalGeneration")
     options = f"revision={python_string(revision or 'main')}, " if repo_id else ""
     options += "trust_remote_code=True"
-    place = python_string(repo_id or _local_path(run))
-    prompt, target = "Write the prompt here.", None
-    example = run.metrics.maybe_section("example")
-    if example:
-        prompt, target = example.text("prompt"), example.maybe_text("target")
-    task, evaluation = run.recipe.section("task"), run.recipe.section("evaluation")
-    longest = task.maybe_count("max_source_length") or run.config.maybe_count("max_position_embeddings")
-    cut = f", truncation=True, max_length={longest}" if longest else ""
-    beams = evaluation.maybe_count("num_beams") or 1
-    search = f", num_beams={beams}" if beams > 1 else ""
-    lines = [
-        "import torch",
-        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
-        "",
-        f"name = {place}",
-        # The tokenizer is the library's own, but it reads the model's configuration, whose class is custom code.
-        f'tokenizer = AutoTokenizer.from_pretrained(name, {options}, truncation_side="left")',
-        f"model = AutoModelForSeq2SeqLM.from_pretrained(name, {options})",
-        "",
-        f"prompt = {python_string(prompt)}",
-        *([f"# The expected answer is {python_string(one_line(target))}."] if target is not None else []),
-        f'inputs = tokenizer(prompt, return_tensors="pt"{cut})',
-        "with torch.no_grad():",
-    ]
-    if architecture.halting:
-        bound = evaluation.maybe_count("max_reasoning_steps")
-        lines += [
-            f"    slots = model.get_encoder()(**inputs{f', max_reasoning_steps={bound}' if bound else ''})",
-            f'    tokens = model.generate(encoder_outputs=slots, attention_mask=inputs["attention_mask"]{search})',
-        ]
-    else:
-        lines += [f"    tokens = model.generate(**inputs{search})"]
-    lines += ['print("answer:", tokenizer.decode(tokens[0], skip_special_tokens=True))']
-    if architecture.halting:
-        lines += ['print("reasoning steps:", slots.reasoning_steps.item())']
-    return "\n".join(lines)
+    return snippet(run, architecture, python_string(repo_id or _local_path(run)), options)
 
 
 def _parameters(metrics: Fields) -> str:
@@ -382,7 +351,7 @@ def _difficulty_table(run: RunFolder) -> str | None:
     rows = []
     for level, score, mean in zip(levels, scores, steps, strict=True):
         name = level.content.get("difficulty")
-        row = [text(name), f"{score.n:,}", f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}"]
+        row = [text(name), f"{score.n:,}", score.show(score.value), score.interval]
         rows.append([*row, "" if mean is None else f"{mean:.2f}"] if with_steps else row)
     caption = "Test split, by the difficulty that the task gives each example:"
     columns = [text(title) for title in header] + (["Mean steps"] if with_steps else [])
@@ -502,7 +471,8 @@ def _loss(value: Any) -> str:
 
 def _limits(run: RunFolder, architecture: Architecture, score: Score, verdict: str | None) -> str:
     task, train = run.metrics.section("task"), run.metrics.section("train")
-    half_width = 100 * (score.high - score.low) / 2
+    half_width = (score.high - score.low) / 2
+    reach = f"{half_width:.2g}" if score.less_is_better else f"{100 * half_width:.1f} percentage points"
     points = [
         f"Intended for studying this architecture on {code(task.text('name'))} and for comparison with other runs. Not "
         "intended for decisions about people, or where a wrong answer does harm.",
@@ -517,7 +487,7 @@ def _limits(run: RunFolder, architecture: Architecture, score: Score, verdict: s
             "input its output means nothing."
         )
     points += [
-        f"The test split has {score.n:,} examples, so its score is known to about ±{half_width:.1f} percentage points "
+        f"The test split has {score.n:,} examples, so its score is known to about ±{reach} "
         f"({_level(score)} interval). "
         "One training run was made; how much another seed would change the score is not known.",
         *architecture.limits,

@@ -85,8 +85,16 @@ class Fields:
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right answers with its interval; all shares lie in [0, 1]."""
+    """What a split scored, with its interval: a share of right answers in [0, 1], or an error, of which less is better.
 
+    Attributes:
+        metric: `accuracy`, `error` or another name; what ends in `error` is an error, all else a share.
+        value, low, high: the score and the ends of its interval.
+        n: examples that it was measured on.
+        confidence, method: of the interval.
+    """
+
+    metric: str
     value: float
     n: int
     low: float
@@ -97,16 +105,47 @@ class Score:
     @classmethod
     def read(cls, fields: Fields, metric: str) -> "Score":
         """Read the score `metric` of a split, a difficulty level or the trivial predictor."""
-        score = fields.section(metric)
+        return cls.parse(fields.section(metric), metric, fields.error(metric, f"must have {_shape(metric)}"))
+
+    @classmethod
+    def parse(cls, score: Fields, metric: str, complaint: CardError) -> "Score":
+        """Read a score from its own mapping; raises `complaint` if it has another shape."""
         interval = score.maybe("interval", list, "must be a list")
         numbers = [score.number("value"), score.number("confidence"), *(interval or [])]
-        if len(numbers) != 4 or not all(isinstance(x, (int, float)) and -1e-9 <= x <= 1 + 1e-9 for x in numbers):
-            raise fields.error(metric, "must have a value, a confidence and an interval of two ends, each in [0, 1]")
+        if len(numbers) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            raise complaint
         value, confidence, low, high = numbers
-        return cls(value, score.count("n"), low, high, confidence, score.text("method"))
+        shares = [confidence] if is_error(metric) else numbers
+        if not all(-1e-9 <= x <= 1 + 1e-9 for x in shares):
+            raise complaint
+        return cls(metric, value, score.count("n"), low, high, confidence, score.text("method"))
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether it is an error."""
+        return is_error(self.metric)
+
+    def show(self, number: float) -> str:
+        """A number on the scale of the score: shares with three decimals, errors with three digits."""
+        return f"{number:.3g}" if self.less_is_better else f"{number:.3f}"
+
+    @property
+    def interval(self) -> str:
+        """Both ends of the interval, in words."""
+        return f"{self.show(self.low)} to {self.show(self.high)}"
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.show(self.value)} [{self.show(self.low)}, {self.show(self.high)}]"
+
+
+def is_error(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.endswith("error")
+
+
+def _shape(metric: str) -> str:
+    shape = "a value, a confidence and an interval of two ends"
+    return f"{shape}, all finite" if is_error(metric) else f"{shape}, each in [0, 1]"
 
 
 @dataclass(frozen=True)
@@ -170,7 +209,7 @@ class RunFolder:
     @property
     def metric_title(self) -> str:
         """The metric's name as the title of a column."""
-        return self.metric.replace("_", " ").capitalize()
+        return "Squared error" if self.metric == "error" else self.metric.replace("_", " ").capitalize()
 
 
 def _load(path: Path, parse: Callable[[str], Any]) -> tuple[str, Any]:

@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForSeq2SeqLM
 
 from trainers.arguments import parse_recipe
-from trainers.tasks import get_task
 from trainers.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate_configs")
+# No recipes of `trainers.train`: accelerate's own, and those of the commands that run many recipes (their own tests).
+ELSEWHERE = ("accelerate_configs", "compare", "sweep")
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ELSEWHERE)
 DATA = ROOT / "tests" / "data"
 
 
@@ -24,11 +26,11 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_recipe_builds(path):
     recipe = parse_recipe([str(path)], prog="train")
-    task = get_task(recipe.task)
+    task = recipe.kind.run.make_task(recipe.task)
+    if recipe.kind.name != "sequence_to_sequence":
+        return  # what the model is built from is decided by the data
     config = recipe.model_config(vocab_size=recipe.tokenizer.vocab_size)
     assert config.max_position_embeddings >= task.arguments.max_source_length
-    import torch
-
     with torch.device("meta"):
         assert AutoModelForSeq2SeqLM.from_config(config).num_parameters() > 0
 
@@ -36,12 +38,13 @@ def test_recipe_builds(path):
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "smoke"], ids=name)
 def test_smoke_recipe_runs(path, tmp_path):
     """Two update steps on a few rows in the data sets' own schemas, then evaluation, card and all."""
-    task = path.parent.name
-    options = ["--data_dir", str(DATA / task), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    options = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    if (DATA / path.parent.name).is_dir():
+        options += ["--data_dir", str(DATA / path.parent.name)]
     assert main([str(path), *options, "--disable_tqdm"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["status"] == "finished"
-    assert metrics["task"]["name"] == task
+    assert metrics["task"]["name"] == parse_recipe([str(path)], prog="train").task.name
     assert metrics["train"]["steps"] == 2
 
 

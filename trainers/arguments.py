@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "task", "tokenizer", "training", "evaluation", "tracking")
 # The modules that define a kind of run each, see `Kind`. The first one's fields are those that `--help` lists.
-KIND_MODULES = ("sequence_to_sequence",)
+KIND_MODULES = ("sequence_to_sequence", "in_context", "thought")
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class Recipe:
         path: the YAML file it came from.
         kind: what sort of run it describes.
         model_values: the model's configuration as written, without what tokenizer or task decide.
+        embeddings_from: folder or Hub id of a model whose token embeddings the model starts with, or `None`.
         pretrained: folder or Hub id whose weights training starts from, or `None` to start from scratch.
         task, tokenizer, evaluation, tracking: those sections; `tokenizer` is `None` for a kind that has none.
         training, training_values: the `training` section, and what was written of it (YAML and command line).
@@ -230,6 +231,8 @@ class Recipe:
     pretrained: str | None
     pretrained_revision: str | None
     trust_remote_code: bool
+    embeddings_from: str | None
+    embeddings_revision: str | None
     task: Any
     tokenizer: Any
     training: Any
@@ -263,6 +266,8 @@ class Recipe:
         model: dict[str, Any] = {"model_type": self.model_type}
         if self.pretrained:
             model |= {"pretrained": self.pretrained, "pretrained_revision": self.pretrained_revision}
+        if self.embeddings_from:
+            model |= {"embeddings_from": self.embeddings_from, "embeddings_revision": self.embeddings_revision}
         sections = {
             name: {k: v for k, v in self.training_values.items() if k not in UNRECORDED_FIELDS}
             if name == "training"
@@ -308,7 +313,7 @@ def field_of(error: BaseException) -> str | None:
     return found[1] if found else None
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML's safe loader, except that a key given twice is an error: the first value would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -336,7 +341,7 @@ def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise UserError(f"{path}: `inherit` runs in a circle: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -385,7 +390,10 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 def model_fields(model_type: str) -> dict[str, Any]:
     """Field name -> type of an architecture's own configuration, without what every `PreTrainedConfig` has."""
-    return inspect.get_annotations(type(AutoConfig.for_model(model_type)))
+    lineage = [kind for kind in type(AutoConfig.for_model(model_type)).__mro__ if issubclass(kind, PreTrainedConfig)]
+    # A configuration inherits fields from another architecture's.
+    own = [kind for kind in reversed(lineage) if kind is not PreTrainedConfig]
+    return {name: expected for kind in own for name, expected in inspect.get_annotations(kind).items()}
 
 
 def kind_of(model_type: str) -> Kind:
@@ -411,6 +419,8 @@ def section_fields(section: str, kind: Kind, model_type: str | None) -> dict[str
             "pretrained": str | None,
             "pretrained_revision": str | None,
             "trust_remote_code": bool,
+            "embeddings_from": str | None,
+            "embeddings_revision": str | None,
         }
         return extra | (model_fields(model_type) if model_type else {})
     arguments = _arguments_of(section, kind)
@@ -595,8 +605,13 @@ def _build(
         raise UserError(f"{path}: task.name is missing")
     pretrained, pretrained_revision = model.pop("pretrained", None), model.pop("pretrained_revision", None)
     trust_remote_code = model.pop("trust_remote_code", False)
+    embeddings_from, embeddings_revision = model.pop("embeddings_from", None), model.pop("embeddings_revision", None)
     if pretrained is None and pretrained_revision is not None:
         raise UserError("model.pretrained_revision is set, but model.pretrained is not")
+    if embeddings_from is not None and pretrained is not None:
+        raise UserError("model.embeddings_from: model.pretrained brings its own embeddings; leave one of them out")
+    if embeddings_revision is not None and embeddings_from is None:
+        raise UserError("model.embeddings_revision is set, but model.embeddings_from is not")
     if pretrained is not None and model:
         raise UserError(f"model.{next(iter(model))}: model.pretrained brings its own configuration; leave it out")
     training_values = dict(values.get("training", {}))
@@ -614,6 +629,8 @@ def _build(
         pretrained=pretrained,
         pretrained_revision=pretrained_revision,
         trust_remote_code=trust_remote_code,
+        embeddings_from=embeddings_from,
+        embeddings_revision=embeddings_revision,
         model_values=model,
         training=build_training_arguments(kind, training_values, output_dir),
         training_values=training_values,

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import math
 from dataclasses import fields
 from typing import Literal
 
@@ -60,6 +61,11 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             i add its state times a matrix `M_ij` of rank r. `"per_pair"`: `M_ij = S_ij T_ij`, both free for every pair,
             2N²Dr weights. `"block"`: `M_ij = U_i C_ij V_j` with cores of shape (r, r), 2NDr + N²r² weights.
             `"diagonal"`: the same with diagonal cores, 2NDr + N²r weights, which makes many slots affordable.
+        initial_update_ratio (`float`, *optional*):
+            If given, connections start so small that the first update of a normalised state has about this share of
+            the state's norm; 0.5 is calm. `None`: as in the original implementation, where matrices of a large rank
+            between many slots start with updates of several times the state (about 5 at 256 dimensions, 128 slots and
+            rank 32), see `expected_update_ratio`.
         max_reasoning_steps (`int`, *optional*, defaults to 6):
             Bound on the number of reasoning steps (K). A call can pass its own bound.
         halting (`str`, *optional*, defaults to `"state_change"`):
@@ -182,6 +188,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     num_slots: int = interval(min=2)(default=128)
     connection_rank: int = positive_int_field(default=32)
     connection_type: Literal["scalar", "per_pair", "block", "diagonal"] = "scalar"
+    initial_update_ratio: float | int | None = None
     max_reasoning_steps: int = positive_int_field(default=6)
     halting: Literal["state_change", "update_norm", "global_update_norm", "none"] = "state_change"
     halting_threshold: float | int = interval(min=0)(default=0.1)
@@ -239,6 +246,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
                 f"tie_word_embeddings=True needs one vocabulary, but vocab_size={self.vocab_size} and "
                 f"decoder_vocab_size={self.decoder_vocab_size} differ"
             )
+        if self.initial_update_ratio is not None and not self.initial_update_ratio > 0:
+            raise ValueError(f"initial_update_ratio={self.initial_update_ratio} must be greater than 0")
         if self.step_cost_target is not None and self.step_cost_target < 1:
             raise ValueError(f"step_cost_target={self.step_cost_target} must be at least 1, every sample takes a step")
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
@@ -255,6 +264,63 @@ class ConnectionTransformerConfig(PreTrainedConfig):
                     f"{name}={token_id} must lie in [0, {smallest}), inside every vocabulary "
                     f"(vocab_size={self.vocab_size}, decoder_vocab_size={self.decoder_vocab_size})"
                 )
+
+    @property
+    def expected_update_ratio(self) -> float:
+        """
+        Expected norm of the first update of a normalised state, relative to the state, as connections start.
+
+        With D the hidden size, N slots and rank r, a message's entry is the sum of N - 1 products; rectifying halves
+        the square. Matrices start with variance `2 / (D + r)` in both factors, scalars as products of unit vectors of
+        length r.
+        """
+        if self.initial_update_ratio is not None:
+            return float(self.initial_update_ratio)
+        others, rank = self.num_slots - 1, self.connection_rank
+        if self.connection_type == "scalar":
+            return math.sqrt(others / (2 * rank))
+        return 2 / (self.hidden_size + rank) * math.sqrt(others * self.hidden_size * rank / 2)
+
+    def num_trainable_parameters(self, head: str | None = None) -> int:
+        """
+        Number of trainable parameters of a model with this configuration, without building it; tied matrices count
+        once. The slots are fixed and count nothing.
+
+        Args:
+            head (`str`, *optional*):
+                What follows `ConnectionTransformerFor` in the name of the class. `None` means
+                `"ConditionalGeneration"`, or with `is_encoder_decoder=False` the encoder alone.
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        width, slots, rank = self.hidden_size, self.num_slots, self.connection_rank
+        connections = {
+            "scalar": 2 * slots**2 * rank,
+            "per_pair": 2 * slots**2 * width * rank,
+            "block": 2 * slots * width * rank + slots**2 * rank**2,
+            "diagonal": 2 * slots * width * rank + slots**2 * rank,
+        }[self.connection_type]
+        norms = 1 if self.share_step_norm else self.max_reasoning_steps
+        embeddings = (self.vocab_size + self.max_position_embeddings) * width
+        count = embeddings + 3 * width**2 + connections + 2 * width * norms
+        if head is None and not self.is_encoder_decoder:
+            return count
+        if head in (None, "ConditionalGeneration"):
+            inner = self.intermediate_size
+            layer = 8 * width**2 + 2 * width * inner + 15 * width + inner
+            count += self.max_position_embeddings * width + self.num_decoder_layers * layer + 2 * width
+            own_matrices = 0 if self.tie_word_embeddings else 2
+            return count + own_matrices * (self.decoder_vocab_size or self.vocab_size) * width
+        if head == "MaskedLM":
+            return count + 3 * width**2 + (0 if self.tie_word_embeddings else self.vocab_size * width)
+        if head == "SequenceClassification":
+            return count + (width + 1) * self.num_labels
+        if head == "MultipleChoice":
+            return count + width
+        raise ValueError(
+            f"head={head!r} must be 'ConditionalGeneration', 'MaskedLM', 'SequenceClassification' or 'MultipleChoice'"
+        )
 
     def get_text_config(self, decoder=None, encoder=None):
         """

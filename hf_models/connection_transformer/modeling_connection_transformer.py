@@ -3,13 +3,14 @@
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -330,6 +331,11 @@ class ConnectionTransformerScalarConnections(nn.Module):
         shape = (config.num_slots, config.num_slots, config.connection_rank)
         self.source_weight = nn.Parameter(torch.empty(shape))
         self.target_weight = nn.Parameter(torch.empty(shape))
+        self.initial_length = 1.0
+        if config.initial_update_ratio is not None:
+            # Unit vectors give an update of √((N - 1) / 2r) times the state.
+            unit = ((config.num_slots - 1) / (2 * config.connection_rank)) ** 0.5
+            self.initial_length = (config.initial_update_ratio / unit) ** 0.5
 
     @staticmethod
     def num_weights(config: ConnectionTransformerConfig) -> int:
@@ -337,11 +343,11 @@ class ConnectionTransformerScalarConnections(nn.Module):
         return 2 * config.num_slots**2 * config.connection_rank
 
     def initialise(self):
-        """Random unit vectors, zero on the diagonal."""
+        """Random unit vectors, or as short as the configuration wants them, zero on the diagonal."""
         others = off_diagonal(self.source_weight.shape[0], torch.device("cpu")).unsqueeze(-1)
         for weight in (self.source_weight, self.target_weight):
             directions = nn.functional.normalize(torch.randn(weight.shape, dtype=torch.float32), dim=-1)
-            init.copy_(weight, directions * others.to(directions.device))
+            init.copy_(weight, directions * self.initial_length * others.to(directions.device))
 
     def connection_matrix(self) -> torch.Tensor:
         """
@@ -403,19 +409,22 @@ class ConnectionTransformerMatrixConnections(nn.Module):
     `(hidden_size, hidden_size)` and rank `connection_rank` at most, to slot j. No slot acts on itself.
 
     With D the hidden size and r the rank, the factors next to the states start as normal with variance `2 / (D + r)`,
-    as in the original implementation.
+    as in the original implementation, or with `ρ √(2 / (D (N - 1) r))` for an update of ρ times the state.
     """
 
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__()
         check_memory(config)
         self.num_slots, self.rank = config.num_slots, config.connection_rank
+        self.initial_variance = 2 / (config.hidden_size + self.rank)
+        if config.initial_update_ratio is not None:
+            products = config.hidden_size * (self.num_slots - 1) * self.rank
+            self.initial_variance = config.initial_update_ratio * (2 / products) ** 0.5
 
     def initialise_factors(self):
         """Draws `source_weight` and `target_weight`."""
-        hidden_size = self.source_weight.shape[1]
         for weight in (self.source_weight, self.target_weight):
-            init.normal_(weight, std=(2 / (hidden_size + self.rank)) ** 0.5)
+            init.normal_(weight, std=self.initial_variance**0.5)
 
     def squared_strengths(self) -> torch.Tensor:
         """`‖M_ij‖_F²` of all connections, `[source, target]`, in float32 or better; anything on the diagonal."""
@@ -433,6 +442,135 @@ class ConnectionTransformerMatrixConnections(nn.Module):
         others = off_diagonal(self.num_slots, squares.device)
         # The root has no slope at zero: the diagonal must not reach it.
         return squares.where(others, 1).clamp_min(0).sqrt().where(others, 0)
+
+
+# Entries of a matrix from which on oneDNN's product pays for being called matrix by matrix.
+LARGE_MATRIX = 2**16
+
+
+def onednn_linear(states: torch.Tensor, weight: torch.Tensor) -> Callable | None:
+    """
+    oneDNN's product of a matrix with a transposed one, as an operator of torch, if it is the fastest way to multiply
+    each of `states` with each of `weight`: for large matrices in float32, on one thread of a CPU. (Over several threads
+    `torch.bmm` spreads the slots, and this would spread each small product.)
+    """
+    if (
+        states.device.type != "cpu"
+        or states.dtype != torch.float32
+        or states.numel() == 0
+        or weight[0].numel() < LARGE_MATRIX
+        or torch.get_num_threads() > 1
+        or is_torchdynamo_compiling()
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def linear_flops(rows_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Operations of [`onednn_linear`]'s product, which torch's own counter does not know."""
+    return 2 * math.prod(rows_shape) * weight_shape[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(linear_flops)
+
+
+def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`torch.bmm(left, right)` by the fastest way there is. Gives nothing for autograd to follow."""
+    linear = onednn_linear(left, right)
+    if linear is None:
+        return torch.bmm(left, right)
+    if len(left) == 1:
+        return linear(left[0], right[0].t(), None, "none", [], "").unsqueeze(0)
+    result = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    for place, one, other in zip(result.unbind(0), left.unbind(0), right.unbind(0), strict=True):
+        place.copy_(linear(one, other.t(), None, "none", [], ""))
+    return result
+
+
+def side_by_side(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """`torch.cat(parts, dim=1)`, as a view where the parts already lie so in memory."""
+    first = parts[0]
+    length = first.shape[1] * first.stride(1)
+    together = all(
+        part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and part.stride() == first.stride()
+        and part.storage_offset() == first.storage_offset() + index * length
+        for index, part in enumerate(parts)
+    )
+    if not together:
+        return torch.cat(parts, dim=1)
+    return first.as_strided((first.shape[0], len(parts) * first.shape[1], first.shape[2]), first.stride())
+
+
+class PassMemory:
+    """
+    Memory that all steps of one pass share: rows of the same kind and of all steps, one step's after the other's, as
+    the products for the weights' gradients read them.
+
+    Args:
+        batch_size (`int`): Rows of one step.
+        num_steps (`int`): Number of steps.
+    """
+
+    def __init__(self, batch_size: int, num_steps: int):
+        self.batch_size, self.num_steps = batch_size, num_steps
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def rows(self, kind: str, step: int, weight: torch.Tensor) -> torch.Tensor:
+        """The place of one step, of shape `(groups, batch_size, columns)` for a weight `(groups, ..., columns)`."""
+        if kind not in self.tensors:
+            shape = (weight.shape[0], self.num_steps, self.batch_size, weight.shape[-1])
+            self.tensors[kind] = weight.new_empty(shape)
+        # Outside autograd's count of changes: writing one step's place leaves the other steps' alone.
+        return self.tensors[kind][:, step].data
+
+
+class WeightGradients(torch.autograd.Function):
+    """
+    Gradients of weights that are used once in every step, from all steps together: one matrix product over
+    `num_steps * batch_size` rows per weight, instead of adding a tensor of the weight's size in every step.
+
+    Every weight, of shape `(groups, in, out)`, takes part in a product `torch.bmm(rows, weight)`, which gives it no
+    gradient. Forward returns for each step and weight two empty places; into these the backward of the step's product
+    puts, as what autograd takes for their gradients, the rows and the gradient of the result. When all steps that take
+    part have done so, autograd calls the backward here. Which steps those are is told by the graph alone, so that a
+    graph can be run backward twice or in part; [`PassMemory`] only says where a step may write.
+
+    Args:
+        memory ([`PassMemory`]): Memory of the pass.
+        dead (`tuple`): For each weight `None`, or what gives the view of its gradient on the entries without effect.
+        weights (`torch.FloatTensor` of shape `(groups, in, out)`): The weights.
+    """
+
+    @staticmethod
+    def forward(ctx, memory, dead, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.memory, ctx.dead = memory, dead
+        nothing = weights[0].new_zeros(())
+        shapes = [(weight.shape[0], memory.batch_size, size) for weight in weights for size in weight.shape[1:]]
+        # Views of one number: they take no memory.
+        return tuple(nothing.expand(shape) for shape in shapes * memory.num_steps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *places):
+        # A run that follows begins with memory of its own.
+        ctx.memory.tensors.clear()
+        gradients = []
+        for index, dead in enumerate(ctx.dead):
+            every = slice(2 * index, None, 2 * len(ctx.dead))
+            rows = tuple(place for place in places[every] if place is not None)
+            results = tuple(place for place in places[every.start + 1 :: every.step] if place is not None)
+            if not (rows and ctx.needs_input_grad[2 + index]):
+                gradients.append(None)
+                continue
+            gradient = products(side_by_side(rows).transpose(1, 2), side_by_side(results))
+            if dead is not None:
+                dead(gradient).zero_()
+            gradients.append(gradient)
+        return None, None, *gradients
 
 
 def route_messages(messages: torch.Tensor, rank: int) -> torch.Tensor:
@@ -456,54 +594,130 @@ def route_messages(messages: torch.Tensor, rank: int) -> torch.Tensor:
     return messages.flatten(2)
 
 
-class PerPairWeightGradient(torch.autograd.Function):
+def send_messages(states: torch.Tensor, weight: torch.Tensor, received: torch.Tensor) -> None:
     """
-    Gradient of the per-pair weights from all steps together: one matrix product over `num_steps * batch_size` rows per
-    weight, instead of adding a tensor of the weight's size in every step.
+    Writes the messages that slots send, the products of their states with their weights, to where they are received:
+    `route_messages(torch.bmm(states, weight), rank)`, without a tensor of all messages on the way where possible. Gives
+    nothing for autograd to follow.
 
-    Forward returns four empty places for each step. The backward of a step ([`PerPairStep`]) puts into them, as what
-    autograd takes for their gradients, the factors of its share of the weights' gradients; when all steps that take
-    part have done so, autograd calls the backward here. Nothing is kept outside the graph, so that a graph can be run
-    backward twice or in part.
+    Args:
+        states (`torch.FloatTensor` of shape `(num_slots, batch_size, hidden_size)`): States of the slots that send.
+        weight (`torch.FloatTensor` of shape `(num_slots, hidden_size, num_slots * rank)`): Weights of these slots.
+        received (`torch.FloatTensor` of shape `(num_slots, batch_size, num_slots * rank)`):
+            Filled in; its last dimension is contiguous.
     """
-
-    @staticmethod
-    def forward(ctx, source_weight, target_weight, batch_size, num_steps):
-        ctx.set_materialize_grads(False)
-        num_slots, hidden_size, columns = source_weight.shape
-        states, messages = (num_slots, batch_size, hidden_size), (num_slots, batch_size, columns)
-        nothing = source_weight.new_zeros(())
-        shapes = (states, messages, messages, states) * num_steps
-        # Views of one number: they take no memory.
-        return tuple(nothing.expand(shape) for shape in shapes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *places):
-        steps = [places[start : start + 4] for start in range(0, len(places), 4) if places[start] is not None]
-        states, grad_sent, received, grad_influence = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
-        grad_source = torch.bmm(states.transpose(1, 2), grad_sent) if ctx.needs_input_grad[0] else None
-        grad_target = torch.bmm(received.transpose(1, 2), grad_influence) if ctx.needs_input_grad[1] else None
-        return grad_source, grad_target, None, None
+    num_slots, batch_size, columns = received.shape
+    places = received.unflatten(2, (num_slots, columns // num_slots))
+    linear = onednn_linear(states, weight)
+    if linear is None:
+        places.copy_(torch.bmm(states, weight).view(places.shape).permute(2, 1, 0, 3))
+    else:
+        # A slot's messages are still in the cache when they are handed over.
+        for place, one, other in zip(places.unbind(2), states.unbind(0), weight.unbind(0), strict=True):
+            sent = linear(one, other.t(), None, "none", [], "")
+            place.copy_(sent.view(batch_size, num_slots, -1).transpose(0, 1))
+    places.diagonal(dim1=0, dim2=2).zero_()
 
 
 class PerPairStep(torch.autograd.Function):
-    """One step of per-pair connections, slot-major, whose weights get their gradient by [`PerPairWeightGradient`]."""
+    """One step of per-pair connections, slot-major, whose weights get their gradients by [`WeightGradients`]."""
 
     @staticmethod
-    def forward(ctx, states, source_weight, target_weight, rank, *places):
-        received = route_messages(torch.bmm(states, source_weight), rank)
-        ctx.rank = rank
+    def forward(ctx, states, source_weight, target_weight, memory, step, *places):
+        received = memory.rows("received", step, source_weight)
+        send_messages(states, source_weight, received)
+        ctx.memory, ctx.step = memory, step
         ctx.save_for_backward(states, received, source_weight, target_weight)
-        return torch.bmm(received, target_weight)
+        return products(received, target_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_influence):
         states, received, source_weight, target_weight = ctx.saved_tensors
-        grad_sent = route_messages(torch.bmm(grad_influence, target_weight.transpose(1, 2)), ctx.rank)
-        grad_states = torch.bmm(grad_sent, source_weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
-        return grad_states, None, None, None, states, grad_sent, received, grad_influence
+        grad_sent = ctx.memory.rows("grad_sent", ctx.step, source_weight)
+        send_messages(grad_influence, target_weight.transpose(1, 2), grad_sent)
+        grad_states = products(grad_sent, source_weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        return grad_states, None, None, None, None, states, grad_sent, received, grad_influence
+
+
+class StepProduct(torch.autograd.Function):
+    """
+    `torch.bmm(rows, weight)` in one step, with a gradient for the rows; the weight gets its own by
+    [`WeightGradients`]. Given `num_slots`, rows and weight are of one group and concern all slots, and what lies in the
+    weight between a slot and itself is left out.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, num_slots, *places):
+        ctx.num_slots = num_slots
+        ctx.save_for_backward(rows, weight)
+        return StepProduct.product(rows, weight, num_slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_result):
+        rows, weight = ctx.saved_tensors
+        # The products for the weight's gradient, too, are faster on contiguous memory.
+        grad_result = grad_result.contiguous()
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = StepProduct.product(grad_result, weight.transpose(1, 2), ctx.num_slots)
+        return grad_rows, None, None, rows, grad_result
+
+    @staticmethod
+    def product(rows: torch.Tensor, weight: torch.Tensor, num_slots: int | None = None) -> torch.Tensor:
+        result = products(rows, weight)
+        if num_slots is not None:
+            # Taken off afterwards: a copy of the weight without these entries would take as long as the product.
+            own = own_cores(weight, num_slots).permute(2, 0, 1)
+            by_slot = (rows.shape[1], num_slots, -1)
+            shares = torch.bmm(rows.view(by_slot).transpose(0, 1), own).transpose(0, 1)
+            result.view(by_slot).sub_(shares)
+        return result
+
+
+def own_cores(weight: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """
+    What lies between each slot and itself.
+
+    Args:
+        weight (`torch.FloatTensor` of shape `(1, num_slots * rank, num_slots * rank)`): Cores of all pairs.
+        num_slots (`int`): Number of slots.
+
+    Returns:
+        View of shape `(rank, rank, num_slots)`.
+    """
+    rank = weight.shape[-1] // num_slots
+    return weight[0].unflatten(1, (num_slots, rank)).unflatten(0, (num_slots, rank)).diagonal(dim1=0, dim2=2)
+
+
+def plain_product(rows: torch.Tensor, weight: torch.Tensor, num_slots: None = None) -> torch.Tensor:
+    """`torch.bmm(rows, weight)`, which autograd and autocast know."""
+    return torch.bmm(rows, weight)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device; off where there is none, as on the meta device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def learning_together(weights: Sequence[torch.Tensor], batch_size: int | None) -> bool:
+    """Whether the weights' gradients of a pass over a batch of this size (`None`: not fixed) come from all steps."""
+    needed = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    return needed and batch_size is not None and not is_torchdynamo_compiling()
+
+
+def as_under_autocast(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights in the type in which autocast, if it is on, would multiply them."""
+    device_type = weights[0].device.type
+    if not autocast_enabled(device_type):
+        return list(weights)
+    return [weight.to(torch.get_autocast_dtype(device_type)) for weight in weights]
+
+
+def plainly_differentiable(states: torch.Tensor) -> bool:
+    """Whether a pass without prepared gradients must run through operations that autograd and autocast know."""
+    return torch.is_grad_enabled() or is_torchdynamo_compiling() or autocast_enabled(states.device.type)
 
 
 class ConnectionTransformerPerPairConnections(ConnectionTransformerMatrixConnections):
@@ -554,7 +768,7 @@ class ConnectionTransformerPerPairConnections(ConnectionTransformerMatrixConnect
         return source, target_weight.view(num_slots, num_slots, -1, hidden_size).transpose(0, 1)
 
     def initialise(self):
-        """Normal with variance `2 / (D + r)`, zero where a slot would act on itself."""
+        """Normal, zero where a slot would act on itself."""
         self.initialise_factors()
         source, target = self.unpack(self.source_weight, self.target_weight)
         for weight, matrices in ((self.source_weight, source), (self.target_weight, target)):
@@ -562,40 +776,38 @@ class ConnectionTransformerPerPairConnections(ConnectionTransformerMatrixConnect
             if not getattr(weight, "_is_hf_initialized", False):
                 init.zeros_(matrices.diagonal())
 
-    def prepare(self, num_steps: int, batch_size: int | None = None) -> list[tuple[torch.Tensor, ...] | None]:
+    def prepare(self, num_steps: int, batch_size: int | None = None) -> list[tuple[Any, ...] | None]:
         """
-        In training, for each step both weights and its places of [`PerPairWeightGradient`]. Otherwise `None`: the
-        weights are stored as a step reads them.
+        In training, for each step what [`PerPairStep`] takes besides the states. Otherwise `None`: the weights are
+        stored as a step reads them.
         """
-        source_weight, target_weight = self.source_weight, self.target_weight
-        learning = torch.is_grad_enabled() and (source_weight.requires_grad or target_weight.requires_grad)
-        if batch_size is None or not learning or is_torchdynamo_compiling():
+        if not learning_together((self.source_weight, self.target_weight), batch_size):
             return [None] * num_steps
-        device_type = source_weight.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            source_weight, target_weight = source_weight.to(dtype), target_weight.to(dtype)
-        places = PerPairWeightGradient.apply(source_weight, target_weight, batch_size, num_steps)
-        weights = (source_weight.detach(), target_weight.detach())
-        return [(*weights, *places[start : start + 4]) for start in range(0, len(places), 4)]
+        weights = as_under_autocast((self.source_weight, self.target_weight))
+        memory = PassMemory(batch_size, num_steps)
+        places = WeightGradients.apply(memory, (None, None), *weights)
+        weights = [weight.detach() for weight in weights]
+        return [(*weights, memory, step, *places[4 * step : 4 * step + 4]) for step in range(num_steps)]
 
-    def forward(self, slot_states: torch.Tensor, prepared: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+    def forward(self, slot_states: torch.Tensor, prepared: tuple[Any, ...] | None = None) -> torch.Tensor:
         """
         Args:
             slot_states (`torch.FloatTensor` of shape `(batch_size, num_slots, hidden_size)`): States of all slots.
-            prepared (`tuple(torch.Tensor)`, *optional*): One item of `prepare()`.
+            prepared (`tuple`, *optional*): One item of `prepare()`, for one step.
 
         Returns:
             `torch.FloatTensor` of the same shape: influence of all slots on each slot. The largest tensor on the way
             is of shape `(batch_size, num_slots, num_slots, rank)`.
         """
         states = slot_states.transpose(0, 1)
-        if prepared is None:
+        if prepared is not None:
+            return PerPairStep.apply(states.to(prepared[0].dtype), *prepared).transpose(0, 1)
+        if plainly_differentiable(states):
             received = route_messages(torch.bmm(states, self.source_weight), self.rank)
             return torch.bmm(received, self.target_weight).transpose(0, 1)
-        source_weight, target_weight, *places = prepared
-        states = states.to(source_weight.dtype)
-        return PerPairStep.apply(states, source_weight, target_weight, self.rank, *places).transpose(0, 1)
+        received = states.new_empty(*states.shape[:2], self.source_weight.shape[2])
+        send_messages(states, self.source_weight, received)
+        return products(received, self.target_weight).transpose(0, 1)
 
     def squared_strengths(self) -> torch.Tensor:
         source, target = self.unpack(self.source_weight, self.target_weight)
@@ -646,6 +858,69 @@ class ConnectionTransformerFactoredConnections(ConnectionTransformerMatrixConnec
         """
         return 0.5 * (gram_error(self.source_weight).mean() + gram_error(self.target_weight.transpose(1, 2)).mean())
 
+    def masked_cores(self) -> torch.Tensor:
+        """The cores without what lies between a slot and itself, as `mix` takes them."""
+        raise NotImplementedError
+
+    def prepared_cores(self) -> torch.Tensor:
+        """The cores of the shape `(groups, in, out)`, as the products of prepared gradients take them."""
+        raise NotImplementedError
+
+    def mix(self, messages: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """
+        What the slots receive.
+
+        Args:
+            messages (`torch.FloatTensor` of shape `(num_slots, batch_size, rank)`): What the slots send.
+            product (`Callable`): Multiplies rows of shape `(groups, batch_size, in)` with the cores.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `messages`, contiguous.
+        """
+        raise NotImplementedError
+
+    # What `WeightGradients` takes for the cores, and `StepProduct` for the product with them.
+    dead_cores: Callable[[torch.Tensor], torch.Tensor] | None = None
+    left_out: int | None = None
+
+    def prepare(self, num_steps: int, batch_size: int | None = None) -> list[tuple[Any, ...]]:
+        """
+        In training, for each step what the three [`StepProduct`] take besides the rows; otherwise a product of rows
+        with a weight, and what it takes to be that with the cores.
+        """
+        weights = (self.source_weight, self.core_weight, self.target_weight)
+        if plainly_differentiable(self.core_weight) and not learning_together(weights, batch_size):
+            return [(plain_product, (self.masked_cores(), None))] * num_steps
+        if not torch.is_grad_enabled():
+            return [(StepProduct.product, (self.prepared_cores().detach(), self.left_out))] * num_steps
+        weights = as_under_autocast((self.source_weight, self.prepared_cores(), self.target_weight))
+        places = WeightGradients.apply(PassMemory(batch_size, num_steps), (None, self.dead_cores, None), *weights)
+        source, cores, target = (weight.detach() for weight in weights)
+        steps = []
+        for step in range(num_steps):
+            own = places[6 * step : 6 * step + 6]
+            steps.append(((source, None, *own[:2]), (cores, self.left_out, *own[2:4]), (target, None, *own[4:])))
+        return steps
+
+    def forward(self, slot_states: torch.Tensor, prepared: tuple[Any, ...]) -> torch.Tensor:
+        """
+        Args:
+            slot_states (`torch.FloatTensor` of shape `(batch_size, num_slots, hidden_size)`): States of all slots.
+            prepared (`tuple`): One item of `prepare()`, for one step.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `slot_states`: influence of all slots on each slot.
+        """
+        states = slot_states.transpose(0, 1)
+        if len(prepared) == 3:
+            source, cores, target = prepared
+            messages = StepProduct.apply(states.to(source[0].dtype), *source)
+            received = self.mix(messages, lambda rows: StepProduct.apply(rows, *cores))
+            return StepProduct.apply(received, *target).transpose(0, 1)
+        product, cores = prepared
+        received = self.mix(product(states, self.source_weight), lambda rows: product(rows, *cores))
+        return product(received, self.target_weight).transpose(0, 1)
+
     def grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`U_iᵀ U_i` and `V_j V_jᵀ`, both of shape `(num_slots, rank, rank)`, in float32 or better."""
         dtype = torch.promote_types(self.source_weight.dtype, torch.float32)
@@ -682,24 +957,23 @@ class ConnectionTransformerBlockConnections(ConnectionTransformerFactoredConnect
         if not getattr(self.core_weight, "_is_hf_initialized", False):
             init.zeros_(self.cores().diagonal(dim1=0, dim2=2))
 
-    def prepare(self, num_steps: int, batch_size: int | None = None) -> list[torch.Tensor]:
-        """For every step the cores with a zero diagonal, of shape `(num_slots * rank, num_slots * rank)`."""
+    @property
+    def left_out(self) -> int:
+        return self.num_slots
+
+    def dead_cores(self, weight: torch.Tensor) -> torch.Tensor:
+        return own_cores(weight, self.num_slots)
+
+    def masked_cores(self) -> torch.Tensor:
         others = off_diagonal(self.num_slots, self.core_weight.device)[:, None, :, None]
-        return [self.cores().where(others, 0).view_as(self.core_weight)] * num_steps
+        return self.cores().where(others, 0).view(1, *self.core_weight.shape)
 
-    def forward(self, slot_states: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            slot_states (`torch.FloatTensor` of shape `(batch_size, num_slots, hidden_size)`): States of all slots.
-            prepared (`torch.FloatTensor` of shape `(num_slots * rank, num_slots * rank)`): One item of
-                `prepare()`.
+    def prepared_cores(self) -> torch.Tensor:
+        return self.core_weight.unsqueeze(0)
 
-        Returns:
-            `torch.FloatTensor` of the shape of `slot_states`: influence of all slots on each slot.
-        """
-        messages = torch.bmm(slot_states.transpose(0, 1), self.source_weight).transpose(0, 1)
-        mixed = messages.flatten(1) @ prepared
-        return torch.bmm(mixed.view(messages.shape).transpose(0, 1), self.target_weight).transpose(0, 1)
+    def mix(self, messages: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        mixed = product(messages.transpose(0, 1).flatten(1).unsqueeze(0))
+        return mixed.view(messages.transpose(0, 1).shape).transpose(0, 1).contiguous()
 
     def squared_strengths(self) -> torch.Tensor:
         source, target = self.grams()
@@ -734,22 +1008,14 @@ class ConnectionTransformerDiagonalConnections(ConnectionTransformerFactoredConn
         if not getattr(self.core_weight, "_is_hf_initialized", False):
             init.zeros_(self.core_weight.diagonal(dim1=1, dim2=2))
 
-    def prepare(self, num_steps: int, batch_size: int | None = None) -> list[torch.Tensor]:
-        """For every step the cores with a zero diagonal, of shape `(rank, num_slots, num_slots)`."""
-        return [self.core_weight.where(off_diagonal(self.num_slots, self.core_weight.device), 0)] * num_steps
+    def masked_cores(self) -> torch.Tensor:
+        return self.core_weight.where(off_diagonal(self.num_slots, self.core_weight.device), 0)
 
-    def forward(self, slot_states: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            slot_states (`torch.FloatTensor` of shape `(batch_size, num_slots, hidden_size)`): States of all slots.
-            prepared (`torch.FloatTensor` of shape `(rank, num_slots, num_slots)`): One item of `prepare()`.
+    def prepared_cores(self) -> torch.Tensor:
+        return self.masked_cores()
 
-        Returns:
-            `torch.FloatTensor` of the shape of `slot_states`: influence of all slots on each slot.
-        """
-        messages = torch.bmm(slot_states.transpose(0, 1), self.source_weight)
-        mixed = torch.bmm(messages.permute(2, 1, 0), prepared)
-        return torch.bmm(mixed.permute(2, 1, 0), self.target_weight).transpose(0, 1)
+    def mix(self, messages: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return product(messages.permute(2, 1, 0).contiguous()).permute(2, 1, 0).contiguous()
 
     def squared_strengths(self) -> torch.Tensor:
         source, target = self.grams()
@@ -852,10 +1118,11 @@ class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
             States after the step; rectified influence, both of the shape of `slot_states`; and the measure of shape
             `(batch_size,)`, or `None` when `halting="none"`.
         """
-        update = torch.relu(self.connections(slot_states, prepared))
+        # In place where nothing needs what was there before.
+        update = torch.relu_(self.connections(slot_states, prepared))
         candidate = torch.add(slot_states, update, alpha=self.config.update_scale)
         if self.config.inject_input:
-            candidate = candidate + initial_states
+            candidate = candidate.add_(initial_states)
         layer_norm = self.layer_norms[0 if self.config.share_step_norm else step]
         # The norm would copy a transposed tensor.
         candidate = layer_norm(candidate.transpose(0, 1)).transpose(0, 1)
@@ -936,7 +1203,8 @@ class ConnectionTransformerReasoning(nn.Module):
         survival = torch.ones(batch_size, dtype=dtype, device=slot_states.device)
         expected_steps = survival
         for step in range(max_steps):
-            slot_states, _, measure = self.step(slot_states, initial_states, prepared[step], active, step)
+            still = None if self.config.halting == "none" else active
+            slot_states, _, measure = self.step(slot_states, initial_states, prepared[step], still, step)
             steps = steps + active
             if measure is not None:
                 survival = torch.where(active, survival * self.continuation(measure), 0.0)
@@ -1230,8 +1498,9 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
                 Whether to return the embedded tokens too, for a head that reads the slots out at their positions.
 
         Raises:
-            ValueError: neither or both inputs are given, the mask is not two-dimensional, the source has more than
-                `max_position_embeddings` columns, or the bound is not positive or needs more LayerNorms than there are.
+            ValueError: neither or both inputs are given, the mask is not two-dimensional, a source has no token or more
+                than `max_position_embeddings` columns, or the bound is not positive or needs more LayerNorms than there
+                are.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -1244,9 +1513,19 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
                 f"the source has {source_length} columns, max_position_embeddings is "
                 f"{self.config.max_position_embeddings}"
             )
+        if source_length == 0:
+            raise ValueError("the source is empty; every sequence needs at least one token")
         if attention_mask is None:
             positions = torch.arange(source_length, device=inputs_embeds.device)
         elif attention_mask.ndim == 2:
+            has_token = (attention_mask != 0).any(dim=1)
+            torch_compilable_check(
+                has_token,
+                lambda: (
+                    f"attention_mask is zero in all of row(s) {(~has_token).nonzero().flatten().tolist()}; every "
+                    "sequence needs at least one token"
+                ),
+            )
             positions = token_positions(attention_mask)
         else:
             raise ValueError(

@@ -178,6 +178,13 @@ class LowRankInContextTransformerConfig(PreTrainedConfig):
             and one with r rows. `None` means one free row for each.
         block_loss_weight (`float`, *optional*, defaults to 1.0):
             Weight of the loss over `block_targets` beside that over `labels`.
+        learnable_masks (`bool`, *optional*, defaults to `False`):
+            Whether every layer learns a gate in (0, 1) for each class of allowed edges, which multiplies their weights
+            after the softmax. In a local layer a class is a pair of places in a block, or one tail token with itself;
+            in a later layer a pair of kinds of key tokens, where all blocks are of one kind and each tail token is one
+            of its own. Such layers compute their scores one by one, whatever the attention implementation.
+        gate_cost_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the mean gate in the loss: what an open gate costs. Needs `learnable_masks`.
         hidden_size (`int`, *optional*, defaults to 256):
             Width of the residual stream. A multiple of `num_attention_heads`.
         num_hidden_layers (`int`, *optional*, defaults to 12):
@@ -216,7 +223,14 @@ class LowRankInContextTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "low_rank_in_context_transformer"
-    keys_to_ignore_at_inference = ["token_logits", "label_loss", "block_loss", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        "token_logits",
+        "label_loss",
+        "block_loss",
+        "gate_loss",
+        "hidden_states",
+        "attentions",
+    ]
     # The library's default names modules of other models.
     base_model_fsdp_plan = None
 
@@ -227,6 +241,8 @@ class LowRankInContextTransformerConfig(PreTrainedConfig):
     num_local_layers: int = 2
     position_rank: int | None = positive_int_field(default=None)
     block_loss_weight: float | int = non_negative_number(default=1.0)
+    learnable_masks: bool = False
+    gate_cost_weight: float | int = non_negative_number(default=0.0)
     hidden_size: int = positive_int_field(default=256)
     num_hidden_layers: int = positive_int_field(default=12)
     num_attention_heads: int = positive_int_field(default=8)
@@ -252,6 +268,8 @@ class LowRankInContextTransformerConfig(PreTrainedConfig):
                 f"num_local_layers={self.num_local_layers} must lie in [0, num_hidden_layers), where "
                 f"num_hidden_layers={self.num_hidden_layers}: the last layer reads from all blocks"
             )
+        if self.gate_cost_weight > 0 and not self.learnable_masks:
+            raise ValueError(f"gate_cost_weight={self.gate_cost_weight} needs learnable_masks=True")
 
     @property
     def sequence_length(self) -> int:

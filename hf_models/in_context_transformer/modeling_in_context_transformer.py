@@ -18,6 +18,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_in_context_transformer import InContextTransformerConfig, LowRankInContextTransformerConfig
 
 IGNORED_LABEL = -100
+# Learnable gates start at sigmoid(3) = 0.95: open, and with a gradient that can close them.
+GATE_LOGIT_START = 3.0
 
 # Which tokens' states are computed: the last one, the key tokens, or every token.
 Outputs = Literal["label", "keys", "all"]
@@ -67,6 +69,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    gates: torch.Tensor | None = None,
     **kwargs,
 ):
     """
@@ -78,10 +81,12 @@ def eager_attention_forward(
             *optional*): `True` where the query may attend to the key.
         scaling (`float`): 1 / sqrt(head_dim).
         dropout (`float`, *optional*, defaults to 0.0): Dropout probability of the weights.
+        gates (`torch.FloatTensor` of shape `(query_length, key_length)`, *optional*):
+            What the weights are multiplied with after the softmax.
 
     Returns:
         The output of shape `(batch_size, query_length, num_heads, head_dim)` and the weights before dropout, of shape
-        `(batch_size, num_heads, query_length, key_length)`, whose rows sum to 1, or to 0 without a key.
+        `(batch_size, num_heads, query_length, key_length)`, whose rows sum to 1, or to 0 without a key, before gates.
     """
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
@@ -89,6 +94,8 @@ def eager_attention_forward(
     weights = scores.softmax(dim=-1)
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, 0.0)
+    if gates is not None:
+        weights = weights * gates.to(weights.dtype)
     dropped_weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(dropped_weights, value).transpose(1, 2).contiguous(), weights
 
@@ -120,14 +127,21 @@ class InContextTransformerAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        gates: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Attention between projected states, each of shape `(batch_size, length, hidden_size)`; the result has the same
-        form, before the output map, with the weights if the implementation gives any.
+        form, before the output map, with the weights if the implementation gives any. With gates, of shape
+        `(query_length, key_length)`, the weights are computed whatever the implementation.
         """
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        if gates is None:
+            options = {}
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+        else:
+            options = {"gates": gates}
+            attention_interface = eager_attention_forward
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
         )
@@ -139,6 +153,7 @@ class InContextTransformerAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            **options,
         )
         return attention_output.flatten(-2), weights
 
@@ -210,6 +225,8 @@ class InContextTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         std = self.config.initializer_range
+        if isinstance(module, Gates):
+            init.constant_(module.logits, GATE_LOGIT_START)
         if isinstance(module, ReadMap):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
@@ -465,6 +482,22 @@ class LowRankPositions(nn.Module):
         return torch.cat((rows[: self.block_size].repeat(num_blocks, 1), rows[self.block_size :]))
 
 
+class Gates(nn.Module):
+    """
+    Learned gates in (0, 1) of classes of edges.
+
+    Args:
+        num_classes (`int`): Number of classes.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(num_classes))
+
+    def forward(self) -> torch.Tensor:
+        return self.logits.sigmoid()
+
+
 class LowRankInContextTransformerLocalAttention(InContextTransformerAttention):
     """Attention of a local layer: within each block, both ways, and of each tail token to itself."""
 
@@ -472,6 +505,14 @@ class LowRankInContextTransformerLocalAttention(InContextTransformerAttention):
         super().__init__(config)
         self.block_size = config.block_size
         self.num_tail_tokens = config.num_tail_tokens
+        self.gates = Gates(config.block_size**2 + config.num_tail_tokens) if config.learnable_masks else None
+
+    def split_gates(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gates within a block, of shape `(block_size, block_size)`, and of the tail tokens, `(num_tail_tokens,)`."""
+        if self.gates is None:
+            return None, None
+        within, tail = self.gates().tensor_split([self.block_size**2])
+        return within.view(self.block_size, self.block_size), tail
 
     def select(self, hidden_states: torch.Tensor, outputs: Outputs) -> torch.Tensor:
         """Of the states of all tokens, those that `outputs` asks for: all, or the key tokens."""
@@ -502,8 +543,10 @@ class LowRankInContextTransformerLocalAttention(InContextTransformerAttention):
         batch_size, num_blocks = blocks.shape[:2]
         values, tail_values = self.split(self.v_proj(hidden_states))
         queries = self.q_proj(blocks if outputs == "all" else blocks[:, :, -1:])
+        gates, tail_gates = self.split_gates()
         attention_output, weights = self.attend(
-            *(states.flatten(0, 1) for states in (queries, self.k_proj(blocks), values))
+            *(states.flatten(0, 1) for states in (queries, self.k_proj(blocks), values)),
+            gates=gates if outputs == "all" or gates is None else gates[-1:],
         )
         attention_output = attention_output.unflatten(0, (batch_size, num_blocks)).flatten(1, 2)
         # One key has weight 1, which dropout may still take away from a head.
@@ -511,19 +554,22 @@ class LowRankInContextTransformerLocalAttention(InContextTransformerAttention):
             ones = tail_values.new_ones(*tail_values.shape[:2], self.config.num_attention_heads, 1)
             kept = nn.functional.dropout(ones, self.attention_dropout)
             tail_values = (tail_values.unflatten(-1, (-1, self.head_dim)) * kept).flatten(-2)
+        if tail_gates is not None:
+            tail_values = tail_values * tail_gates.to(tail_values.dtype)[:, None]
         attention_output = self.out_proj(torch.cat((attention_output, tail_values), dim=1))
         if weights is not None and outputs == "all":
-            weights = self.spread(weights.unflatten(0, (batch_size, num_blocks)))
+            weights = self.spread(weights.unflatten(0, (batch_size, num_blocks)), tail_gates)
         return attention_output, weights
 
-    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+    def spread(self, weights: torch.Tensor, tail_gates: torch.Tensor | None) -> torch.Tensor:
         """Weights within the blocks, on the diagonal of a map of all tokens to all tokens."""
         batch_size, num_blocks, num_heads = weights.shape[:3]
         length = num_blocks * self.block_size + self.num_tail_tokens
         spread = weights.new_zeros(batch_size, num_heads, length, length)
         places = torch.arange(num_blocks * self.block_size, device=weights.device).view(num_blocks, -1)
         spread[:, :, places[:, :, None], places[:, None]] = weights.transpose(1, 2)
-        spread.diagonal(dim1=-2, dim2=-1)[..., num_blocks * self.block_size :] = 1.0
+        tail = 1.0 if tail_gates is None else tail_gates.to(weights.dtype)
+        spread.diagonal(dim1=-2, dim2=-1)[..., num_blocks * self.block_size :] = tail
         return spread
 
 
@@ -534,6 +580,18 @@ class LowRankInContextTransformerKeyAttention(InContextTransformerAttention):
         super().__init__(config)
         self.block_size = config.block_size
         self.num_tail_tokens = config.num_tail_tokens
+        self.gates = Gates((1 + config.num_tail_tokens) ** 2) if config.learnable_masks else None
+
+    def gates_of(self, num_key_tokens: int, outputs: Outputs) -> torch.Tensor | None:
+        """Gates from the key tokens that `outputs` asks for to all K, of shape `(1 or K, K)`."""
+        if self.gates is None:
+            return None
+        kinds = 1 + self.num_tail_tokens
+        place = torch.arange(num_key_tokens, device=self.gates.logits.device)
+        # The blocks' key tokens are of kind 0, those of the tail of kinds 1, 2, ...
+        kind = (place - (num_key_tokens - kinds)).clamp(min=0)
+        queries = kind[-1:] if outputs == "label" else kind
+        return self.gates().view(kinds, kinds)[queries[:, None], kind]
 
     def select(self, hidden_states: torch.Tensor, outputs: Outputs) -> torch.Tensor:
         """Of the states that come in, those that `outputs` asks for: the last one, or as many as there are."""
@@ -557,14 +615,19 @@ class LowRankInContextTransformerKeyAttention(InContextTransformerAttention):
         if outputs != "all":
             queries = self.q_proj(self.select(hidden_states, outputs))
             keys, values = self.k_proj(hidden_states), self.v_proj(hidden_states)
-            attention_output, weights = self.attend(queries, keys, values, attention_mask)
+            gates = self.gates_of(hidden_states.shape[1], outputs)
+            attention_output, weights = self.attend(queries, keys, values, attention_mask, gates)
             return self.out_proj(attention_output), weights
 
         length = hidden_states.shape[1]
         place = key_places(length, self.block_size, self.num_tail_tokens, hidden_states.device)
         key_states = hidden_states[:, place]
         key_output, weights = self.attend(
-            self.q_proj(key_states), self.k_proj(key_states), self.v_proj(key_states), attention_mask
+            self.q_proj(key_states),
+            self.k_proj(key_states),
+            self.v_proj(key_states),
+            attention_mask,
+            self.gates_of(len(place), outputs),
         )
         attention_output = torch.zeros_like(hidden_states, dtype=key_output.dtype).index_copy(1, place, key_output)
         if weights is not None:
@@ -767,13 +830,16 @@ class LowRankInContextTransformerOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, given with `labels`):
-            `label_loss`, and with `block_targets` `label_loss + config.block_loss_weight * block_loss`.
+            `label_loss`, and with `block_targets` `label_loss + config.block_loss_weight * block_loss`; with learnable
+            masks plus `config.gate_cost_weight * gate_loss`.
         logits (`torch.FloatTensor` of shape `(batch_size, 1)`): Log odds that the label is 1.
         token_logits (`torch.FloatTensor` of shape `(batch_size, K)` or `(batch_size, N)`, *optional*):
             The same number read at each key token or at every token; with `outputs` other than `"label"`, or with
             block targets.
         label_loss (`torch.FloatTensor` of shape `()`, *optional*, given with `labels`): Cross entropy in nats.
         block_loss (`torch.FloatTensor` of shape `()`, *optional*, given with `block_targets`): The same.
+        gate_loss (`torch.FloatTensor` of shape `()`, *optional*, given with `labels` and learnable masks):
+            Mean gate of all layers, times this part's share of the whole batch.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, on request): See [`LowRankInContextTransformerModel`].
         attentions (`tuple(torch.FloatTensor)`, *optional*, on request): See [`LowRankInContextTransformerModel`].
     """
@@ -783,6 +849,7 @@ class LowRankInContextTransformerOutput(ModelOutput):
     token_logits: torch.FloatTensor | None = None
     label_loss: torch.FloatTensor | None = None
     block_loss: torch.FloatTensor | None = None
+    gate_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -858,7 +925,7 @@ class LowRankInContextTransformerForSequenceClassification(LowRankInContextTrans
         body_outputs = self.model(input_values, attention_mask=attention_mask, outputs=outputs, **kwargs)
         token_logits = self.read_out(body_outputs.last_hidden_state).squeeze(-1)
         logits = token_logits[:, -1:]
-        loss = label_loss = block_loss = None
+        loss = label_loss = block_loss = gate_loss = None
         num_items = logits.shape[0]
         if labels is not None:
             if labels.numel() != logits.shape[0]:
@@ -879,12 +946,17 @@ class LowRankInContextTransformerForSequenceClassification(LowRankInContextTrans
             block_loss = divide_by_items(means.sum(), num_items_in_batch, num_items)
             if loss is not None:
                 loss = loss + self.config.block_loss_weight * block_loss
+        if loss is not None and self.config.learnable_masks:
+            gates = torch.cat([module() for module in self.modules() if isinstance(module, Gates)])
+            gate_loss = divide_by_items(full_precision(gates).mean() * num_items, num_items_in_batch, num_items)
+            loss = loss + self.config.gate_cost_weight * gate_loss
         return LowRankInContextTransformerOutput(
             loss=loss,
             logits=logits,
             token_logits=None if outputs == "label" else token_logits,
             label_loss=label_loss,
             block_loss=block_loss,
+            gate_loss=gate_loss,
             hidden_states=body_outputs.hidden_states,
             attentions=body_outputs.attentions,
         )

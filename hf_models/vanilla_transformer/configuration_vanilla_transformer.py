@@ -1,6 +1,7 @@
 """Configuration of the Vanilla Transformer."""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Literal
 
@@ -28,6 +29,31 @@ LIBRARY_KEYWORDS = {
     "tokenizer_class",
     "torch_dtype",
 }
+
+
+# What a matched configuration takes over from the one it is matched to.
+SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_decoder_layers",
+    "hidden_act",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "label_smoothing",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+    "tie_word_embeddings",
+    "is_encoder_decoder",
+    "num_labels",
+)
+HEADS_WITHOUT_DECODER = ("SequenceClassification", "MultipleChoice")
+MAX_MATCHED_WIDTH = 16384
 
 
 # The library's `interval` lets everything pass from below when its lower end is 0, up to transformers 5.17 at least.
@@ -192,6 +218,143 @@ class VanillaTransformerConfig(PreTrainedConfig):
         for name, token_id in named_tokens:
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name}={token_id} must lie in [0, vocab_size), where vocab_size={self.vocab_size}")
+
+    def num_trainable_parameters(self, head: str | None = None) -> int:
+        """
+        Number of trainable parameters of a model with this configuration, without building it; tied matrices count
+        once.
+
+        Args:
+            head (`str`, *optional*):
+                What follows `VanillaTransformerFor` in the name of the class. `None` means `"ConditionalGeneration"`,
+                or with `is_encoder_decoder=False` the encoder alone.
+
+        Raises:
+            ValueError: there is no such head.
+        """
+        per_unit, rest = self._parameters_by_inner_unit(head)
+        return per_unit * self.intermediate_size + rest
+
+    def _parameters_by_inner_unit(self, head: str | None) -> tuple[int, int]:
+        """Parameters for each unit of `intermediate_size`, and all others."""
+        width, decodes = self.hidden_size, head in (None, "ConditionalGeneration") and self.is_encoder_decoder
+        layers, decoder_layers = self.num_hidden_layers, self.num_decoder_layers if decodes else 0
+        stacks = 2 if decodes else 1
+        rest = self.vocab_size * width * (3 if decodes and not self.tie_word_embeddings else 1)
+        rest += layers * (4 * width**2 + 9 * width) + decoder_layers * (8 * width**2 + 15 * width)
+        if self.position_embedding_type == "learned":
+            rest += stacks * self.max_position_embeddings * width
+        if self.final_layer_norm:
+            rest += stacks * 2 * width
+        if head == "SequenceClassification":
+            rest += (width + 1) * self.num_labels
+        elif head == "MultipleChoice":
+            rest += width
+        elif head not in (None, "ConditionalGeneration"):
+            raise ValueError(
+                f"head={head!r} must be 'ConditionalGeneration', 'SequenceClassification' or 'MultipleChoice'"
+            )
+        return (layers + decoder_layers) * (2 * width + 1), rest
+
+    @classmethod
+    def matched_to(
+        cls,
+        reference: "PreTrainedConfig | int",
+        *,
+        head: str | None = None,
+        tolerance: float = 0.01,
+        **fixed,
+    ) -> "VanillaTransformerConfig":
+        """
+        The Transformer to compare another model with: as many trainable parameters, and proportions as usual.
+
+        With the width of the other model, if some number of encoder layers then gives feed-forward networks of 2 to 8
+        times the width; else with the width, a multiple of the size of a head, that comes nearest to the usual
+        proportions (feed-forward networks of 4 times the width, a width of 64 for each encoder layer, as in GPT-2 small
+        and BERT base). `intermediate_size` is what makes the numbers meet. Equal parameters are not equal work: what a
+        layer costs grows with the length of the sequence, what slots cost does not.
+
+        Args:
+            reference ([`~transformers.PreTrainedConfig`] or `int`):
+                A configuration with a method `num_trainable_parameters(head)`, from which vocabulary, positions,
+                special tokens, decoder layers, activation and dropout are taken over as far as it has them; or a
+                number of parameters.
+            head (`str`, *optional*):
+                The head whose parameters are matched, of both models; see [`num_trainable_parameters`].
+            tolerance (`float`, *optional*, defaults to 0.01):
+                Largest difference, relative to the reference.
+            fixed:
+                Fields that keep the given values. Unless they say otherwise, layers are pre-norm and positions learned.
+
+        Raises:
+            TypeError: the reference is neither a number nor a configuration that can count its parameters.
+            ValueError: no sizes meet the number within the tolerance.
+        """
+        if isinstance(reference, int) and not isinstance(reference, bool):
+            wanted, shared = reference, {}
+        elif hasattr(reference, "num_trainable_parameters"):
+            wanted = reference.num_trainable_parameters(head)
+            shared = {name: getattr(reference, name) for name in SHARED_FIELDS if hasattr(reference, name)}
+            target_size = getattr(reference, "decoder_vocab_size", None)
+            if target_size not in (None, reference.vocab_size):
+                raise ValueError(
+                    f"source and target share one vocabulary here, but the reference has vocab_size="
+                    f"{reference.vocab_size} and decoder_vocab_size={target_size}"
+                )
+        else:
+            raise TypeError(f"a {type(reference).__name__} does not tell its num_trainable_parameters")
+        if head not in (None, "ConditionalGeneration", *HEADS_WITHOUT_DECODER):
+            # A model without a decoder that answers in its own way: here only the encoder-decoder gives text.
+            head, shared["is_encoder_decoder"] = "ConditionalGeneration", True
+            shared.pop("num_decoder_layers", None)
+        settings = {"norm_position": "pre", "position_embedding_type": "learned"} | shared | fixed
+        own_width = settings.get("hidden_size", cls.hidden_size)
+        head_size = own_width // settings.get("num_attention_heads", cls.num_attention_heads)
+        unit = 64 if own_width > 64 else max(1, head_size)
+
+        # One configuration whose sizes change: what is counted needs no more, and building each takes long.
+        trial = cls(**settings)
+        best: tuple[float, dict] | None = None
+        for width in [own_width] if "hidden_size" in fixed else [own_width, *range(unit, MAX_MATCHED_WIDTH, unit)]:
+            heads = settings.get("num_attention_heads", cls.num_attention_heads)
+            if width != own_width and "num_attention_heads" not in fixed:
+                heads = width // unit
+            if width % heads != 0:
+                continue
+            fewest = None
+            for layers in [fixed["num_hidden_layers"]] if "num_hidden_layers" in fixed else range(1, 25):
+                sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+                if settings.get("num_decoder_layers") is None:
+                    sizes["num_decoder_layers"] = layers
+                for name, value in sizes.items():
+                    setattr(trial, name, value)
+                per_unit, rest = trial._parameters_by_inner_unit(head)
+                fewest = rest if fewest is None else fewest
+                exact = (wanted - rest) / per_unit
+                # Multiples of 8 where they are fine enough.
+                choices = [8 * round(exact / 8), round(exact)]
+                if "intermediate_size" in fixed:
+                    choices = [fixed["intermediate_size"]]
+                fitting = [inner for inner in choices if abs(inner - exact) * per_unit <= tolerance * wanted]
+                if not fitting or fitting[0] < 1:
+                    continue
+                inner, ratio = fitting[0], fitting[0] / width
+                score = abs(math.log(ratio / 4))
+                if width == own_width and 2 <= ratio <= 8:
+                    # Before all solutions of other widths.
+                    score -= 1000
+                else:
+                    score += abs(math.log(width / 64 / layers))
+                if best is None or score < best[0]:
+                    best = (score, sizes | {"intermediate_size": inner})
+            if best is not None and best[0] < 0:
+                break
+            if width > own_width and fewest > wanted:
+                break
+        if best is None:
+            given = f" with {', '.join(f'{name}={value!r}' for name, value in fixed.items())}" if fixed else ""
+            raise ValueError(f"no sizes{given} come within {tolerance:.2%} of {wanted:,} trainable parameters")
+        return cls(**settings | best[1])
 
     def get_text_config(self, decoder=None, encoder=None):
         """

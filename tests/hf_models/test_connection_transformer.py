@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from hf_models import vanilla_transformer
 from hf_models.connection_transformer import (
     ConnectionTransformerConfig,
     ConnectionTransformerForConditionalGeneration,
@@ -34,12 +36,18 @@ from hf_models.connection_transformer import (
 from hf_models.connection_transformer import convert_connection_transformer as conversion
 from hf_models.connection_transformer.modeling_connection_transformer import (
     CONNECTION_TYPES,
+    LARGE_MATRIX,
     ConnectionTransformerPerPairConnections,
     ConnectionTransformerScalarConnections,
+    PassMemory,
+    onednn_linear,
     orthonormal_slots,
+    products,
+    send_messages,
     shift_right,
     token_positions,
 )
+from hf_models.vanilla_transformer import VanillaTransformerConfig
 from tests.hf_models.model_tests import ModelTests
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "connection"
@@ -65,6 +73,7 @@ class TestConnectionTransformer(ModelTests):
         ({"num_hidden_layers": "two"}, "num_decoder_layers='two'"),
         ({"num_slots": 1}, "num_slots"),
         ({"connection_type": "full"}, "connection_type"),
+        ({"initial_update_ratio": 0}, "initial_update_ratio=0"),
     ]
 
     zero_gradient = {r"_attn\.k_proj\.bias$": "adds the same to all scores of a query, which the softmax takes away"}
@@ -483,8 +492,8 @@ def einsum_influence(states, source, target):
     """Influence on every slot as the original computes it, with a tensor of shape `(batch, slots, slots, width)`."""
     messages = torch.einsum("bid,ijdk->bijk", states, source)
     influences = torch.einsum("bijk,ijkd->bijd", messages, target)
-    others = 1 - torch.eye(states.shape[1], dtype=states.dtype)
-    return (influences * others[:, :, None]).sum(1)
+    influences[:, torch.eye(states.shape[1], dtype=torch.bool)] = 0
+    return influences.sum(1)
 
 
 def plain_reasoning(model, initial_states):
@@ -974,6 +983,207 @@ def test_weight_gradient_under_checkpointing(reentrant, autocast):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_large_products_by_the_other_library(one_thread, count, transposed):
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, LARGE_MATRIX // 256, 256)
+    left, right = torch.randn(count, 5, shape[1], generator=generator), torch.randn(shape, generator=generator)
+    if transposed:
+        left = left.transpose(1, 2).contiguous().transpose(1, 2)
+        right = right.transpose(1, 2).contiguous().transpose(1, 2)
+    assert onednn_linear(left, right) is not None
+    expected = torch.bmm(left.double(), right.double())
+    torch.testing.assert_close(products(left, right).double(), expected, rtol=1e-4, atol=1e-4)
+    # Where it is not the faster one, or cannot be used.
+    for one, other in ((left.double(), right.double()), (left[:, :0], right), (left[:, :, :2], right[:, :2])):
+        assert onednn_linear(one, other) is None
+        torch.testing.assert_close(products(one, other), torch.bmm(one, other), rtol=0, atol=0)
+    torch.set_num_threads(2)
+    assert onednn_linear(left, right) is None
+
+
+def test_large_steps_by_the_other_library(one_thread):
+    """At a size where it takes part, all steps with their gradients equal the plain form."""
+    sizes = {"hidden_size": 64, "num_slots": 16, "connection_rank": 64}
+    connections = random_connections("per_pair", **sizes).float()
+    assert connections.source_weight[0].numel() == LARGE_MATRIX
+    generator = torch.Generator().manual_seed(1)
+    initial = torch.randn(3, 16, 64, generator=generator, requires_grad=True)
+    direction = torch.randn(3, 16, 64, generator=generator)
+    inputs = (initial, *connections.parameters())
+
+    def total(step):
+        states = initial
+        for _ in range(2):
+            states = states + torch.tanh(0.1 * step(states))
+        return (states * direction).sum()
+
+    prepared = iter(connections.prepare(2, 3))
+    together = total(lambda states: connections(states, next(prepared)))
+    actual = torch.autograd.grad(together, inputs)
+    expected = torch.autograd.grad(
+        total(lambda states: einsum_influence(states, *per_pair_factors(connections))), inputs
+    )
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    with torch.no_grad():
+        plain = einsum_influence(initial, *per_pair_factors(connections))
+        torch.testing.assert_close(connections(initial, None), plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("connection_type", ["scalar", "per_pair", "block", "diagonal"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_operations_are_counted_whatever_the_library(one_thread, connection_type, threads):
+    torch.set_num_threads(threads)
+    slots, width, rank, rows = 16, 64, 64, 3
+    connections = random_connections(connection_type, hidden_size=width, num_slots=slots, connection_rank=rank).float()
+    states = torch.randn(rows, slots, width)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        connections(states, connections.prepare(1)[0])
+    expected = {
+        "scalar": 2 * slots**2 * width,
+        "per_pair": 4 * slots**2 * width * rank,
+        # What a slot would say to itself is computed twice, to be taken off.
+        "block": 4 * slots * width * rank + 2 * slots**2 * rank**2 + 2 * slots * rank**2,
+        "diagonal": 4 * slots * width * rank + 2 * slots**2 * rank,
+    }[connection_type]
+    assert counter.get_total_flops() == rows * expected
+
+
+def test_messages_of_all_steps_lie_together():
+    memory, weight = PassMemory(batch_size=2, num_steps=3), torch.randn(4, 5, 8)
+    places = [memory.rows("received", step, weight) for step in range(3)]
+    states = torch.randn(3, 4, 2, 5)
+    for place, one in zip(places, states, strict=True):
+        send_messages(one, weight, place)
+    together = modeling_connection_transformer.side_by_side(tuple(places))
+    assert together.data_ptr() == places[0].data_ptr()
+    assert torch.equal(together, torch.cat(places, dim=1))
+    apart = tuple(place.clone() for place in places)
+    assert torch.equal(modeling_connection_transformer.side_by_side(apart), together)
+    reversed_places = modeling_connection_transformer.side_by_side(tuple(reversed(places)))
+    assert torch.equal(reversed_places, torch.cat(list(reversed(places)), dim=1))
+    messages = torch.einsum("ibd,idjk->jbik", states[0], weight.view(4, 5, 4, 2))
+    messages.diagonal(dim1=0, dim2=2).zero_()
+    torch.testing.assert_close(places[0], messages.flatten(2))
+
+
+@pytest.mark.parametrize("connection_type", ["per_pair", "block", "diagonal"])
+def test_inference_and_training_say_the_same(connection_type):
+    """Through all three ways: prepared gradients, operations that autograd knows, no gradients; own entries filled."""
+    connections = random_connections(connection_type)
+    states = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = einsum_influence(states, *per_pair_factors(connections))
+    for batch_size in (None, 4):
+        torch.testing.assert_close(connections(states, connections.prepare(1, batch_size)[0]), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(connections(states, connections.prepare(1)[0]), expected)
+
+
+def test_memory_of_a_pass_is_given_back():
+    connections = random_connections("per_pair")
+    states = torch.randn(2, 6, 16, dtype=torch.float64)
+    prepared = connections.prepare(2, 2)
+    memory = prepared[0][2]
+    loss = connections(connections(states, prepared[0]), prepared[1]).sum()
+    assert list(memory.tensors) == ["received"]
+    loss.backward()
+    assert not memory.tensors
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+@pytest.mark.parametrize("connection_type", ["scalar", "per_pair", "block", "diagonal"])
+def test_first_update_is_as_large_as_expected(connection_type, ratio):
+    torch.manual_seed(0)
+    config = ConnectionTransformerConfig(
+        hidden_size=64,
+        num_slots=48,
+        connection_rank=24,
+        connection_type=connection_type,
+        initial_update_ratio=ratio,
+        num_attention_heads=4,
+    )
+    connections = CONNECTION_TYPES[connection_type](config)
+    connections.initialise()
+    states = torch.nn.functional.layer_norm(torch.randn(8, 48, 64), (64,))
+    with torch.no_grad():
+        update = torch.relu(connections(states, connections.prepare(1)[0]))
+    assert update.norm() / states.norm() == pytest.approx(config.expected_update_ratio, rel=0.1)
+    if ratio is not None:
+        assert config.expected_update_ratio == ratio
+
+
+def test_original_start_overwrites_the_state_at_the_base_size():
+    config = ConnectionTransformerConfig(connection_type="per_pair")
+    assert config.expected_update_ratio == pytest.approx(5.0, abs=0.05)
+
+
+@pytest.mark.parametrize("connection_type", ["scalar", "per_pair", "block", "diagonal"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_step_norm": False}, {"tie_word_embeddings": False}, {"num_labels": 5}],
+    ids=["default", "own norms", "untied", "labels"],
+)
+def test_number_of_trainable_parameters(connection_type, options):
+    config = small_config(connection_type=connection_type, **options)
+    classes = {
+        "ConditionalGeneration": ConnectionTransformerForConditionalGeneration,
+        "MaskedLM": ConnectionTransformerForMaskedLM,
+        "SequenceClassification": ConnectionTransformerForSequenceClassification,
+        "MultipleChoice": ConnectionTransformerForMultipleChoice,
+    }
+    for head, model_class in classes.items():
+        with torch.device("meta"):
+            model = model_class(config)
+        assert config.num_trainable_parameters(head) == model.num_parameters(only_trainable=True)
+    assert config.num_trainable_parameters() == config.num_trainable_parameters("ConditionalGeneration")
+    alone = small_config(connection_type=connection_type, is_encoder_decoder=False, **options)
+    with torch.device("meta"):
+        encoder = ConnectionTransformerModel(alone)
+    assert alone.num_trainable_parameters() == encoder.num_parameters(only_trainable=True)
+    with pytest.raises(ValueError, match="head='CausalLM'"):
+        config.num_trainable_parameters("CausalLM")
+
+
+USUAL_SIZES = {
+    "quick": {"hidden_size": 128, "num_slots": 64, "connection_rank": 16, "max_reasoning_steps": 3},
+    "base": {"hidden_size": 256, "num_slots": 128, "connection_rank": 32, "max_reasoning_steps": 6},
+    "large": {"hidden_size": 512, "num_slots": 256, "connection_rank": 64, "max_reasoning_steps": 8},
+}
+
+
+@pytest.mark.parametrize("connection_type", ["scalar", "per_pair", "block", "diagonal"])
+@pytest.mark.parametrize("size", USUAL_SIZES)
+def test_matched_baseline(size, connection_type):
+    """The Vanilla Transformer of as many parameters, counted on the real modules."""
+    config = ConnectionTransformerConfig(
+        vocab_size=32128, connection_type=connection_type, num_labels=3, **USUAL_SIZES[size]
+    )
+    heads = {
+        "ConditionalGeneration": (ConnectionTransformerForConditionalGeneration,) * 2,
+        "MaskedLM": (ConnectionTransformerForMaskedLM, ConnectionTransformerForConditionalGeneration),
+        "SequenceClassification": (ConnectionTransformerForSequenceClassification,) * 2,
+    }
+    for head, (model_class, counterpart) in heads.items():
+        matched = VanillaTransformerConfig.matched_to(config, head=head)
+        name = counterpart.__name__.replace("Connection", "Vanilla")
+        with torch.device("meta"):
+            wanted = model_class(config).num_parameters(only_trainable=True)
+            found = getattr(vanilla_transformer, name)(matched).num_parameters(only_trainable=True)
+        assert abs(found / wanted - 1) <= 0.01, (head, found, wanted)
+        assert matched.num_hidden_layers <= 24
+        assert matched.vocab_size == config.vocab_size
+
+
 def test_packed_weights():
     source, target = torch.randn(3, 3, 5, 2), torch.randn(3, 3, 2, 5)
     packed = ConnectionTransformerPerPairConnections.pack(source, target)
@@ -1383,6 +1593,11 @@ def test_input_errors():
         model(input_ids=batch["input_ids"])
     with pytest.raises(ValueError, match="source has 21 columns, max_position_embeddings is 20"):
         model(input_ids=torch.ones(1, 21, dtype=torch.long), labels=batch["labels"])
+    with pytest.raises(ValueError, match="source is empty"):
+        model(input_ids=torch.ones(1, 0, dtype=torch.long), labels=batch["labels"])
+    masks = torch.tensor([[1] * 8, [0] * 8])
+    with pytest.raises(ValueError, match=r"attention_mask is zero in all of row\(s\) \[1\]"):
+        model(**batch | {"attention_mask": masks})
     with pytest.raises(ValueError, match="target has 21 tokens, max_position_embeddings is 20"):
         model(input_ids=batch["input_ids"], decoder_input_ids=torch.ones(2, 21, dtype=torch.long))
     with pytest.raises(ValueError, match="decoder_start_token_id=None and pad_token_id=0 must both be set"):

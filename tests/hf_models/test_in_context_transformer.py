@@ -237,7 +237,10 @@ class TestLowRankInContextTransformer(ModelTests):
 class TestLowRankInContextTransformerWithOptions(TestLowRankInContextTransformer):
     """The same checks with every option on its other side, and a target for every block."""
 
-    bad_configs = [({"position_rank": 0}, "position_rank")]
+    bad_configs = [
+        ({"position_rank": 0}, "position_rank"),
+        ({"learnable_masks": False}, "gate_cost_weight=0.1 needs learnable_masks=True"),
+    ]
     not_applicable = TestLowRankInContextTransformer.not_applicable | {
         "test_remote_code_in_a_fresh_process": "options change nothing about the code that is saved",
         "test_lora": "options change nothing about the linear maps",
@@ -252,6 +255,8 @@ class TestLowRankInContextTransformerWithOptions(TestLowRankInContextTransformer
             "block_loss_weight": 0.5,
             "hidden_act": "gelu",
             "scale_residual_init": True,
+            "learnable_masks": True,
+            "gate_cost_weight": 0.1,
         }
         return super().tiny_config(**options | overrides)
 
@@ -525,15 +530,32 @@ def plain_logits(model, prompts, attention_mask=None):
         scale = (centred.square().mean(dim=-1, keepdim=True) + config.layer_norm_eps).sqrt()
         return centred / scale * parameters[f"{name}.weight"] + parameters[f"{name}.bias"]
 
-    def attention(name, states, mask):
+    def attention(name, states, mask, gate):
         query, key, value = (
             linear(f"{name}.{part}", states).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
             for part in ("q_proj", "k_proj", "v_proj")
         )
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         weights = scores.exp() * mask[:, None]
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-300)
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-300) * gate
         return linear(f"{name}.out_proj", (weights @ value).transpose(1, 2).flatten(2))
+
+    def gates(layer, length):
+        """What the weights of a layer are multiplied with: looked up for each pair of tokens by itself."""
+        logits = parameters[f"model.blocks.{layer}.attn.gates.logits"]
+        block_size, tail_start = config.block_size, length - config.num_tail_tokens
+        found = torch.zeros(length, length, dtype=logits.dtype)
+        for query in range(length):
+            for key in range(length):
+                if layer < config.num_local_layers:
+                    number = query % block_size * block_size + key % block_size
+                    if query >= tail_start:
+                        number = block_size**2 + query - tail_start
+                else:
+                    kinds = [max(0, place - tail_start + 1) for place in (query, key)]
+                    number = kinds[0] * (1 + config.num_tail_tokens) + kinds[1]
+                found[query, key] = number
+        return logits.sigmoid()[found.long()]
 
     num_blocks = (prompts.shape[1] - config.num_tail_tokens) // config.block_size
     local, later = make_attention_masks(num_blocks, config.block_size, config.num_tail_tokens)
@@ -550,7 +572,8 @@ def plain_logits(model, prompts, attention_mask=None):
     for layer in range(config.num_hidden_layers):
         name = f"model.blocks.{layer}"
         mask = masks[layer >= config.num_local_layers]
-        states = states + attention(f"{name}.attn", norm(f"{name}.ln_1", states), mask)
+        gate = gates(layer, states.shape[1]) if config.learnable_masks else 1
+        states = states + attention(f"{name}.attn", norm(f"{name}.ln_1", states), mask, gate)
         hidden = linear(f"{name}.feed_forward.fc1", norm(f"{name}.ln_2", states))
         states = states + linear(f"{name}.feed_forward.fc2", nn.functional.gelu(hidden, approximate="tanh"))
     return linear("read_out", norm("model.ln_f", states)).squeeze(-1)
@@ -565,6 +588,7 @@ SHAPES = [
     {"num_blocks": 5, "block_size": 1, "num_tail_tokens": 3, "num_local_layers": 2, "num_hidden_layers": 3},
     {"num_blocks": 1, "block_size": 5, "num_tail_tokens": 2, "num_local_layers": 1, "num_hidden_layers": 1 + 1},
     {"num_blocks": 4, "block_size": 3, "num_tail_tokens": 3, "num_hidden_layers": 4, "position_rank": 2},
+    {"num_blocks": 4, "block_size": 3, "num_tail_tokens": 3, "num_hidden_layers": 4, "learnable_masks": True},
 ]
 
 
@@ -723,6 +747,51 @@ def test_low_rank_model_refuses(shape, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         low_rank()(torch.zeros(shape), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_gates_close_edges_and_cost():
+    settings = {"num_blocks": 4, "block_size": 3, "num_hidden_layers": 4}
+    ungated, gated = low_rank(**settings), low_rank(**settings, learnable_masks=True, gate_cost_weight=0.5)
+    gated.load_state_dict(ungated.state_dict(), strict=False)
+    gate_logits = [parameter for name, parameter in gated.named_parameters() if name.endswith("gates.logits")]
+    assert [len(logits) for logits in gate_logits] == [12, 12, 16, 16]
+    inputs, labels = prompts(gated.config, 4), torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        for logits in gate_logits:
+            logits.fill_(60.0)
+    plain, opened = ungated(inputs, labels=labels), gated(inputs, labels=labels)
+    torch.testing.assert_close(opened.logits, plain.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(opened.gate_loss.item(), 1.0)
+    torch.testing.assert_close(opened.loss, plain.loss + 0.5)
+    assert plain.gate_loss is None
+    # Without any edge of the last token, the label is blind to all others.
+    with torch.no_grad():
+        for logits in gate_logits[2:]:
+            logits.view(4, 4)[3] = -800.0
+    first, second = gated(inputs), gated(torch.cat((inputs[:, :-1].flip(0), inputs[:, -1:]), dim=1))
+    torch.testing.assert_close(first.logits, second.logits, rtol=0, atol=1e-12)
+    open_share = (24 + 32 - 2 * 4) / 56
+    torch.testing.assert_close(gated(inputs, labels=labels).gate_loss.item(), open_share)
+    # Parts of a batch carry their share of the cost.
+    halves = [gated(inputs[rows], labels=labels[rows], num_items_in_batch=3) for rows in ([0, 1], [2])]
+    torch.testing.assert_close(sum(half.gate_loss.item() for half in halves), open_share)
+    assert "attentions" in gated(inputs, output_attentions=True)
+
+
+def test_a_cost_closes_gates_that_nothing_needs():
+    model = low_rank(num_blocks=3, block_size=2, num_hidden_layers=3, learnable_masks=True, gate_cost_weight=1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    inputs, labels = prompts(model.config, 3), torch.tensor([1, 0, 1])
+    costs = []
+    for _ in range(60):
+        outputs = model(inputs, labels=labels)
+        optimizer.zero_grad()
+        outputs.loss.backward()
+        optimizer.step()
+        costs.append(outputs.gate_loss.item())
+    assert costs[0] > 0.5
+    assert costs[-1] < 0.5 * costs[0]
+    assert outputs.label_loss < 0.1
 
 
 def test_losses_of_label_and_blocks():

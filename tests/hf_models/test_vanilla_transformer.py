@@ -774,6 +774,78 @@ def test_number_of_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == expected == 63_082_496
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_position": "pre", "position_embedding_type": "learned"},
+        {"tie_word_embeddings": False, "num_decoder_layers": 1},
+        {"num_labels": 5, "intermediate_size": 24},
+    ],
+)
+def test_number_of_trainable_parameters(options):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = VanillaTransformerConfig(**sizes | options)
+    classes = {
+        "ConditionalGeneration": VanillaTransformerForConditionalGeneration,
+        "SequenceClassification": VanillaTransformerForSequenceClassification,
+        "MultipleChoice": VanillaTransformerForMultipleChoice,
+    }
+    for head, model_class in classes.items():
+        with torch.device("meta"):
+            model = model_class(config)
+        assert config.num_trainable_parameters(head) == model.num_parameters(only_trainable=True)
+    alone = VanillaTransformerConfig(is_encoder_decoder=False, **sizes | options)
+    with torch.device("meta"):
+        encoder = VanillaTransformerModel(alone)
+    assert alone.num_trainable_parameters() == encoder.num_parameters(only_trainable=True)
+    with pytest.raises(ValueError, match="head='CausalLM'"):
+        config.num_trainable_parameters("CausalLM")
+
+
+def test_matched_to_a_number_of_parameters():
+    matched = VanillaTransformerConfig.matched_to(3_000_000, vocab_size=1000, hidden_size=128, num_attention_heads=4)
+    assert abs(matched.num_trainable_parameters() / 3_000_000 - 1) <= 0.01
+    assert (matched.hidden_size, matched.num_attention_heads, matched.vocab_size) == (128, 4, 1000)
+    assert 2 <= matched.intermediate_size / 128 <= 8
+    assert (matched.norm_position, matched.position_embedding_type) == ("pre", "learned")
+    fixed = {"num_hidden_layers": 3, "norm_position": "post", "position_embedding_type": "sinusoidal"}
+    matched = VanillaTransformerConfig.matched_to(3_000_000, vocab_size=1000, tolerance=1e-3, **fixed)
+    assert abs(matched.num_trainable_parameters() / 3_000_000 - 1) <= 1e-3
+    assert {name: getattr(matched, name) for name in fixed} == fixed
+
+
+def test_matched_to_another_configuration():
+    class Other:
+        vocab_size, hidden_size, num_attention_heads, num_decoder_layers, dropout = 300, 64, 4, 2, 0.0
+        decoder_vocab_size = None
+        eos_token_id = 7
+
+        def num_trainable_parameters(self, head=None):
+            return {None: 400_000, "MaskedLM": 200_000, "MultipleChoice": 150_000}[head]
+
+    matched = VanillaTransformerConfig.matched_to(Other())
+    assert abs(matched.num_trainable_parameters() / 400_000 - 1) <= 0.01
+    shared = (matched.hidden_size, matched.num_decoder_layers, matched.dropout, matched.eos_token_id)
+    assert shared == (64, 2, 0.0, 7)
+    # Only the encoder-decoder answers in text.
+    matched = VanillaTransformerConfig.matched_to(Other(), head="MaskedLM", dropout=0.2)
+    assert abs(matched.num_trainable_parameters("ConditionalGeneration") / 200_000 - 1) <= 0.01
+    assert (matched.dropout, matched.num_decoder_layers) == (0.2, matched.num_hidden_layers)
+    matched = VanillaTransformerConfig.matched_to(Other(), head="MultipleChoice")
+    assert abs(matched.num_trainable_parameters("MultipleChoice") / 150_000 - 1) <= 0.01
+    Other.decoder_vocab_size = 40
+    with pytest.raises(ValueError, match="vocab_size=300 and decoder_vocab_size=40"):
+        VanillaTransformerConfig.matched_to(Other())
+
+
+def test_matching_that_cannot_be():
+    with pytest.raises(ValueError, match=r"no sizes with hidden_size=512, intermediate_size=8 .*10,000"):
+        VanillaTransformerConfig.matched_to(10_000, hidden_size=512, intermediate_size=8)
+    with pytest.raises(TypeError, match="str does not tell"):
+        VanillaTransformerConfig.matched_to("base")
+
+
 def test_untied_matrices_are_three_and_resize_together(tmp_path):
     model = build(tie_word_embeddings=False)
     matrices = [model.model.encoder.embed_tokens, model.model.decoder.embed_tokens, model.lm_head]

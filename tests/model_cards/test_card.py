@@ -20,6 +20,8 @@ from markdown_it import MarkdownIt
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_models.connection_transformer import ConnectionTransformerConfig, ConnectionTransformerForConditionalGeneration
+from hf_models.continuous_thought_machine import ContinuousThoughtMachineConfig, HyperContinuousThoughtMachineConfig
+from hf_models.in_context_transformer import InContextTransformerConfig, LowRankInContextTransformerConfig
 from hf_models.vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from model_cards import card as card_module
 from model_cards.architectures import ARCHITECTURES
@@ -29,6 +31,7 @@ from model_cards.run_folder import CardError, RunFolder, Score
 from tests.hub_server import HubServer
 from tests.model_cards.run_folders import CONFIGS, metrics_of, predictions_of, proportion, recipe_of, write_run
 from trainers.tasks import TaskArguments, get_task
+from trainers.thought_baselines import ThoughtFeedForwardConfig, ThoughtLSTMConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_TYPES = list(CONFIGS)
@@ -234,12 +237,51 @@ class TestContent:
 
     def test_compare_scores_at_the_boundary(self):
         def score(low, high):
-            return Score((low + high) / 2, 10, low, high, 0.95, "Wilson score")
+            return Score("accuracy", (low + high) / 2, 10, low, high, 0.95, "Wilson score")
 
         assert compare_scores(score(0.61, 0.7), score(0.5, 0.6)) == "better"
         assert compare_scores(score(0.6, 0.7), score(0.5, 0.6)) == "not distinguishable"
         assert compare_scores(score(0.4, 0.5), score(0.5, 0.6)) == "not distinguishable"
         assert compare_scores(score(0.4, 0.49), score(0.5, 0.6)) == "worse"
+
+    def test_of_an_error_less_is_better(self, tmp_path):
+        def error(value, low, high):
+            return {"value": value, "n": 50, "interval": [low, high], "confidence": 0.95, "method": "Student's t"}
+
+        metrics = metrics_of("vanilla_transformer")
+        metrics["task"]["metric"] = "error"
+        places = [error(value, value / 2, 2 * value) for value in (4.9, 2.0, 0.00123)]
+        curve = {"in_context_examples": [0, 1, 2], "model": places, "baselines": {"least squares": places[::-1]}}
+        metrics["test"] |= {
+            "error": places[2],
+            "trivial": {"name": "always 0", "error": error(5.0, 4.5, 5.5)},
+            "baselines": [{"name": "always 0", "error": error(5.0, 4.5, 5.5)}, {"name": "x|y", "error": places[1]}],
+            "by_position": curve,
+            "prompts": {"skewed": curve},
+            "by_difficulty": None,
+        }
+        metrics["validation"]["error"] = places[1]
+        card = render_card(write_run(tmp_path, "vanilla_transformer", metrics=metrics))
+        assert "this model is **better than the trivial predictor** (0.00123 against 5)" in card
+        assert "| **This model** | test | 0.00123 | 0.000615 to 0.00246 | 50 |" in card
+        assert "| Without a model: x&#124;y | test | 2 | 1 to 4 | 50 |" in card
+        assert "| 1 | 2 | 1 to 4 | 2 |" in card
+        assert "| `skewed` | 2 | 0.00123 | 0.000615 to 0.00246 | 4.9 |" in card
+        assert "known to about ±0.00092 (95 % interval)" in card
+        metrics["test"]["error"] = error(7.0, 6.0, 8.0)
+        assert "**worse than the trivial" in render_card(write_run(tmp_path, "vanilla_transformer", metrics=metrics))
+
+    def test_scores_at_other_sizes(self, tmp_path):
+        metrics, recipe = metrics_of("vanilla_transformer"), recipe_of("vanilla_transformer")
+        score = metrics["test"]["accuracy"]
+        size = {"num_tables": 20, "rho": 0.1, "accuracy": score, "baselines": [{"name": "1 hop", "accuracy": score}]}
+        metrics["test"]["by_tables"] = [size, size | {"num_tables": 1000, "baselines": []}]
+        recipe["task"]["options"] = {"num_tables": 8}
+        card = render_card(write_run(tmp_path, "vanilla_transformer", metrics=metrics, recipe=recipe))
+        assert "it was trained at 8:" in card
+        assert "| Tables | rho | Questions | Accuracy | Interval | Rule: 1 hop |" in card
+        assert f"| 20 | 0.1 | {score['n']} | {score['value']:.3f} |" in card
+        assert "| 1,000 | 0.1 |" in card
 
     def test_says_when_every_answer_could_be_read(self, tmp_path):
         metrics = metrics_of("vanilla_transformer")
@@ -285,6 +327,12 @@ class TestContent:
         known = {
             "vanilla_transformer": VanillaTransformerConfig(),
             "connection_transformer": ConnectionTransformerConfig(),
+            "in_context_transformer": InContextTransformerConfig(),
+            "low_rank_in_context_transformer": LowRankInContextTransformerConfig(),
+            "continuous_thought_machine": ContinuousThoughtMachineConfig(),
+            "hyper_continuous_thought_machine": HyperContinuousThoughtMachineConfig(),
+            "thought_lstm": ThoughtLSTMConfig(),
+            "thought_feed_forward": ThoughtFeedForwardConfig(),
         }
         assert set(known) == set(ARCHITECTURES)
         for name, config in known.items():
@@ -550,7 +598,7 @@ class TestErrors:
             ({"task__name": 7}, "metrics.json: task.name must be text"),
             (
                 {"architecture": "XForTables"},
-                "architecture is 'XForTables'; cards are drawn for ...ForConditionalGeneration",
+                r"architecture is 'XForTables'; cards are drawn for ...ForConditionalGeneration, ",
             ),
             ({"loss_history": {}}, "metrics.json: loss_history must be a list"),
         ],

@@ -205,6 +205,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield aside
         os.chmod(aside, 0o644)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)

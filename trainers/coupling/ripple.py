@@ -114,7 +114,7 @@ def validate(
         own = np.array([changes[k, row] for k, row in enumerate(rows)])
         entries.append(
             _entry(size, own, predicted, actual, predictors, others, seed)
-            | _role_ranking(pieces, edited, predicted, actual, seed)
+            | _role_ranking(pieces, edited, {**predictors, "measured": [row[:n] for row in changes]}, seed)
         )
         if size == chosen_size:
             chosen = {
@@ -273,29 +273,41 @@ def _entry(
 
 
 def _role_ranking(
-    pieces: Sequence[KnowledgePiece],
-    edited: Sequence[int],
-    predicted: Sequence[np.ndarray],
-    actual: Sequence[np.ndarray],
-    seed: int,
+    pieces: Sequence[KnowledgePiece], edited: Sequence[int], scores: dict[str, list[np.ndarray]], seed: int
 ) -> dict[str, Any]:
-    """Whether an edit's own portability queries rank above its locality queries, where a data set has both."""
-    found: dict[str, list[float]] = {"predicted": [], "measured": []}
-    for index, prediction, change in zip(edited, predicted, actual, strict=True):
-        rest = [piece for j, piece in enumerate(pieces) if j != index]
-        asked = np.array([p.pot == pieces[index].pot and p.role in ("portability", "locality") for p in rest])
-        positive = np.array([piece.role == "portability" for piece in rest])[asked]
-        if positive.any() and not positive.all():
-            found["predicted"].append(ranking_quality(prediction[asked], positive))
-            found["measured"].append(ranking_quality(change[asked], positive))
-    if not found["predicted"]:
-        return {}
-    return {
-        "portability_above_locality": {
-            "what": "area under the ROC curve within each edit, mean over edits",
-            **{name: _mean(np.array(values), seed) for name, values in found.items()},
-        }
+    """Whether the queries that should change with an edit rank above those that should not, by each score.
+
+    Args:
+        pieces: all pieces.
+        edited: positions of the edited ones.
+        scores: name -> for each edit, one value for every piece.
+        seed: of the intervals.
+    """
+    pots = np.array([piece.pot for piece in pieces])
+    roles = np.array([piece.role for piece in pieces])
+    contrasts = {
+        "portability_above_locality": lambda own: (own & (roles == "portability"), own & (roles == "locality")),
+        "portability_above_unrelated": lambda own: (own & (roles == "portability"), ~own & (roles == "portability")),
     }
+    what = {
+        "portability_above_locality": "an edit's portability queries against its locality queries",
+        "portability_above_unrelated": "an edit's portability queries against those of other edits",
+    }
+    result = {}
+    for contrast, choose in contrasts.items():
+        found: dict[str, list[float]] = {name: [] for name in scores}
+        for k, index in enumerate(edited):
+            positive, negative = choose(pots == pots[index])
+            asked = positive | negative
+            if positive.any() and negative.any():
+                for name, rows in scores.items():
+                    found[name].append(ranking_quality(rows[k][asked], positive[asked]))
+        if any(found.values()):
+            result[contrast] = {
+                "what": f"{what[contrast]}: area under the ROC curve, mean over edits",
+                **{name: _mean(np.array(values), seed) for name, values in found.items()},
+            }
+    return result
 
 
 def _baselines(

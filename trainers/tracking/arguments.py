@@ -35,9 +35,7 @@ class TrackingArguments:
     )
     updates: bool = field(
         default=True,
-        metadata={
-            "help": "Measure by how much each update moves the weights; takes a copy of them during tracked steps."
-        },
+        metadata={"help": "Measure by how much tracked updates move the weights, on a part of each large matrix."},
     )
     stop_on_nonfinite: bool = field(
         default=False,

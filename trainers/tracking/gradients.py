@@ -12,6 +12,8 @@ from .structure import Structure
 
 VANISHING = 1e-3
 EXPLODING = 1e3
+# A whole copy of the weights would cost more than all the rest: of large ones a part is kept.
+SAMPLED_WEIGHTS = 16384
 
 
 class WeightMeter:
@@ -54,18 +56,21 @@ class WeightMeter:
             self._measured["nonfinite"][index] = int((~torch.isfinite(gradients[index])).sum())
 
     def before_update(self) -> None:
-        """Keep a copy of the weights, so that [`after_update`] can tell how far they moved."""
+        """Keep weights, so that [`after_update`] can tell how far they moved.
+
+        Of a tensor with more than twice [`SAMPLED_WEIGHTS`] elements, evenly spaced ones are kept.
+        """
         parameters = self._parameters()
-        self._before = {name: _local(p.detach()).clone() for name, p in parameters.items() if name in set(self._names)}
+        self._before = {name: _sample(parameters[name]).clone() for name in self._names}
 
     def after_update(self) -> None:
-        if self._before is None:
+        """Measure how far the kept weights moved, relative to themselves."""
+        if not self._before:
             return
         parameters = self._parameters()
-        moved = torch._foreach_sub(
-            [_local(parameters[name].detach()) for name in self._before], [*self._before.values()]
-        )
-        norms = torch.stack(_norms(list(moved))).to("cpu", torch.float64).numpy() if self._before else np.zeros(0)
+        before = list(self._before.values())
+        moved = [_sample(parameters[name]) - old for name, old in zip(self._before, before, strict=True)]
+        norms = torch.stack([*_norms(moved), *_norms(before)]).to("cpu", torch.float64).numpy().reshape(2, -1)
         self._measured["update"] = norms
         self._before = None
 
@@ -73,7 +78,8 @@ class WeightMeter:
         """What was measured, by weight and by layer; see [`gradient_flow`] for the layers.
 
         Returns:
-            `parameters`: name -> `gradient`, `weight` (norms), `gradient_to_weight`, `update_to_weight`, `zeros`
+            `parameters`: name -> `gradient`, `weight` (norms), `gradient_to_weight`, `update_to_weight` (see
+            [`before_update`] for large tensors), `zeros`
             (elements whose gradient is exactly 0), `nonfinite` (elements that are NaN or infinite), `count`;
             `layers`, `slope` and `flags`: see [`gradient_flow`].
         """
@@ -84,14 +90,15 @@ class WeightMeter:
         parameters = {}
         for index, name in enumerate(self._names):
             gradient, weight = float(self._measured["gradient"][index]), float(self._measured["weight"][index])
-            update = None if updates is None else float(updates[index])
+            ratio = None
+            if updates is not None and updates[1, index]:
+                ratio = float(updates[0, index] / updates[1, index])
             parameters[self.structure.short(name)] = {
                 "count": sizes[name],
                 "gradient": gradient,
                 "weight": weight,
-                "update": update,
                 "gradient_to_weight": gradient / weight if weight else None,
-                "update_to_weight": update / weight if weight and update is not None else None,
+                "update_to_weight": ratio,
                 "zeros": int(self._measured["zeros"][index]),
                 "nonfinite": int(self._measured["nonfinite"][index]),
             }
@@ -106,8 +113,8 @@ def gradient_flow(parameters: Mapping[str, Mapping[str, Any]], structure: Struct
         structure: gives the layers.
 
     Returns:
-        `layers`: name -> `norm`, `rms`, `weight`, `update_to_weight`, `zeros`, `nonfinite`, `count`, and for elements of
-        a stack `stack` and `index`; `slope`: stack -> slope of log g_l over depth, per layer (`None` below two layers);
+        `layers`: name -> `norm`, `rms`, `weight`, `update_to_weight`, `zeros`, `nonfinite`, `count`, and in a stack
+            `stack` and `index`; `slope`: stack -> slope of log g_l over depth, per layer (`None` below two layers);
         `flags`: one entry per layer whose rms is below 1e-3 of the median layer's ("vanishing") or above 1e3 of it
         ("exploding"), that has NaN or infinite gradients ("nonfinite"), or none but zeros ("zero").
     """
@@ -119,14 +126,15 @@ def gradient_flow(parameters: Mapping[str, Mapping[str, Any]], structure: Struct
         count = sum(entry["count"] for entry in entries)
         norm = math.sqrt(_square_sum(entry["gradient"] for entry in entries))
         weight = math.sqrt(_square_sum(entry["weight"] for entry in entries))
-        moved = [entry.get("update") for entry in entries]
-        update = None if None in moved else math.sqrt(_square_sum(moved))
+        # Weights that are all 0 (biases at the start) have no ratio and no share in the layer's.
+        known = [e for e in entries if e.get("update_to_weight") is not None]
+        moved = math.sqrt(_square_sum(e["update_to_weight"] * e["weight"] for e in known))
         layer = structure.layers.get(name)
         layers[name] = {
             "norm": norm,
             "rms": norm / math.sqrt(count),
             "weight": weight,
-            "update_to_weight": update / weight if update is not None and weight else None,
+            "update_to_weight": moved / weight if known and weight else None,
             "zeros": sum(entry["zeros"] for entry in entries),
             "nonfinite": sum(entry["nonfinite"] for entry in entries),
             "count": count,
@@ -176,6 +184,12 @@ def _norms(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     if len({t.device for t in precise}) > 1 or len({t.dtype for t in precise}) > 1:
         return [t.norm().to("cpu", torch.float64) for t in precise]
     return list(torch._foreach_norm(precise))
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """The weights, or evenly spaced ones of many. An odd step meets all columns of a matrix of even width."""
+    flat = _local(parameter.detach()).flatten()
+    return flat if flat.numel() <= 2 * SAMPLED_WEIGHTS else flat[:: (flat.numel() // SAMPLED_WEIGHTS) | 1]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,11 @@ def fit_classifier(
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.LBFGS(
-        classifier.parameters(), max_iter=most_iterations, tolerance_grad=1e-8, tolerance_change=0, line_search_fn="strong_wolfe"
+        classifier.parameters(),
+        max_iter=most_iterations,
+        tolerance_grad=1e-8,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> torch.Tensor:

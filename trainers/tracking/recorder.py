@@ -126,8 +126,8 @@ class Recorder:
         if in_backward() or states.dim() != 3 or not states.is_floating_point():
             return
         with torch.autocast(states.device.type, enabled=False):
-            real = self.tokens.real_tokens(states.detach(), self.tokens.side(name))
-            self.sums.moments(name, real[:, None], zeros)
+            rows = self.tokens.real_rows(states, self.tokens.side(name))
+            self.sums.moments(name, states.detach().flatten(0, 1)[:, None], rows, zeros)
 
     def _on_layer_gradient(self, name: str, module: nn.Module, entering: Any, states: torch.Tensor) -> None:
         # On the repetition of a checkpointed pass too: with reentrant checkpoints only that one has a graph, with the
@@ -170,8 +170,9 @@ class Recorder:
             side = self.tokens.side(call.name)
             for what, states in (("query", call.query), ("key", call.key), ("value", call.value)):
                 states_side = "source" if is_cross and what != "query" else side
-                real = self.tokens.real_tokens(states.transpose(1, 2), states_side)
-                self.sums.moments(f"{call.name}.{what}", real)
+                states = states.transpose(1, 2)
+                rows = self.tokens.real_rows(states, states_side)
+                self.sums.moments(f"{call.name}.{what}", states.flatten(0, 1), rows)
         if self.wanted.attention and self.checked.get(call.name) is None:
             self._take_attention(call)
 

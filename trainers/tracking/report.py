@@ -127,7 +127,8 @@ def write_internals(tracker: InternalsTracker, folder: Path, loss_history: Seque
         records = tracker.records
         order = list(records[-1]["attention"])
         maps = {
-            step: {name: found[name] for name in order if name in found} for step, found in tracker.stored_maps().items()
+            step: {name: found[name] for name in order if name in found}
+            for step, found in tracker.stored_maps().items()
         }
         draw(place, records, maps)
 

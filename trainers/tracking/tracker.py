@@ -72,7 +72,7 @@ class InternalsTracker(TrainerCallback):
             it the last `keep` records stay in memory.
         examples: attention of at most so many examples of a batch is taken.
         maps: most steps whose maps are kept.
-        updates: whether to measure updates, which takes a copy of the weights during a tracked step.
+        updates: whether to measure by how much updates move the weights.
         stop_on_nonfinite: raise [`NonFiniteError`] when a tracked step meets NaN or infinity.
         keep: number of records in memory.
 

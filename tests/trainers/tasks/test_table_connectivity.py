@@ -342,3 +342,39 @@ def test_the_task_says_what_it_is():
     assert IN_CONTEXT_TASKS["table_connectivity"] is TableConnectivity
     assert "num_tables=5" in task.source
     assert "seed 0" in task.source
+
+
+# Paths, table by table
+
+
+def test_questions_on_the_way_along_a_path():
+    task = tables(num_tables=7, rho=0.2, max_tables=9, autoregressive=True)
+    plain = tables(num_tables=7, rho=0.2, max_tables=9)
+    batch, whole = (each.batch("train", range(300)) for each in (task, plain))
+    questions = task.questions("train", range(300))
+    assert torch.equal(batch["labels"], whole["labels"])
+    same = (batch["input_values"] == whole["input_values"]).all(dim=2)
+    assert same[:, :-2].all()
+    assert same[:, -1].all()
+    seen = set()
+    for row in range(300):
+        left, length = batch["path_length"][row].item(), questions.path_length[row].item()
+        nexts = {table for table in range(7) if batch["block_targets"][row, table] > 0}
+        graph = graph_of(questions.columns[row].tolist())
+        first, second = (("column", column) for column in questions.query[row].tolist())
+        if length <= 0:
+            assert (nexts, left) == (set(), length)
+            continue
+        seen.add((length, left))
+        start = first
+        if not same[row, -2]:
+            names = batch["input_values"][row, :21:3]
+            (place,) = torch.nonzero((names == batch["input_values"][row, -2]).all(dim=1)).tolist()
+            start = ("table", place[0])
+            assert nx.shortest_path_length(graph, first, start) == 2 * (length - left) - 1
+        assert (start == first) == (left == length)
+        paths = nx.all_shortest_paths(graph, start, second)
+        steps = {next(name for kind, name in path[1:] if kind == "table") for path in paths}
+        assert nexts == steps
+        assert nx.shortest_path_length(graph, start, second) == 2 * left + (start != first)
+    assert {(1, 1), (2, 2), (2, 1), (3, 1)} <= seen

@@ -1,4 +1,4 @@
-"""The function classes of in-context learning (Garg et al. 2022, arXiv:2208.01066), and predictors without a model.
+"""The function classes of in-context learning (Garg et al. 2022, arXiv:2208.01066).
 
 A prompt is a function drawn from a class and points drawn from a normal distribution; the model predicts the value at
 every point from the points before it.
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 
@@ -104,8 +103,9 @@ class FunctionClass(InContextTask):
     it depends on nothing but seed, split and index.
     """
 
-    metric: ClassVar[str] = "squared error"
+    metric: ClassVar[str] = "error"
     options_class = FunctionClassOptions
+    curriculum_variables = ("n_points", "n_dims")
     objective: ClassVar[str] = "squared_error"
     """The loss a model is trained with: the `objective` of its configuration."""
 
@@ -126,10 +126,20 @@ class FunctionClass(InContextTask):
         """
         raise NotImplementedError
 
+    def observe(self, values: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values that are right and those that a prompt shows, of the same shape; here the same."""
+        return values, values
+
     def points(self, split: str, indices: Sequence[int]) -> torch.Tensor:
         """The points of these prompts: standard normal, of shape `(B, n_points, n_dims)`."""
         streams = self.streams(split, indices, "points")
         return torch.from_numpy(streams.normal(self.options.n_points, self.options.n_dims))
+
+    def values_at(self, points: torch.Tensor, split: str, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The right and the shown values of the functions with these indices, at points `(B, any number, n_dims)`."""
+        streams = self.streams(split, indices, "functions")
+        right, shown = self.observe(self.values(points, streams), streams)
+        return self.options.scale * right, self.options.scale * shown
 
     def batch(
         self, split: str, indices: Sequence[int], n_points: int | None = None, n_dims: int | None = None
@@ -137,11 +147,11 @@ class FunctionClass(InContextTask):
         """The prompts with these indices.
 
         Args:
-            n_points: leaves out the points behind so many; for a curriculum.
-            n_dims: sets the coordinates behind so many to 0; for a curriculum.
+            n_points: leaves out the points behind so many.
+            n_dims: sets the coordinates behind so many to 0.
 
         Returns:
-            `input_values` `(B, n_points, n_dims)`, and `context_values` and `labels`, both the values.
+            `input_values` `(B, n_points, n_dims)`, and `context_values` and `labels`, both the values that are shown.
 
         Raises:
             UserError: if there are fewer points or coordinates than asked for.
@@ -153,7 +163,7 @@ class FunctionClass(InContextTask):
         points = self.points(split, indices)
         if n_dims is not None:
             points[:, :, n_dims:] = 0
-        values = self.options.scale * self.values(points, self.streams(split, indices, "functions"))
+        _, values = self.values_at(points, split, indices)
         points, values = points[:, :n_points], values[:, :n_points]
         return {"input_values": points, "context_values": values, "labels": values}
 
@@ -189,12 +199,12 @@ class NoisyLinearRegression(LinearRegression):
     name = "noisy_linear_regression"
     options_class = NoisyOptions
 
-    def values(self, points: torch.Tensor, streams: Streams) -> torch.Tensor:
-        values = super().values(points, streams)
-        values = values + self.options.noise_std * torch.from_numpy(streams.normal(points.shape[1]))
+    def observe(self, values: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
+        factor = 1.0
         if self.options.renormalize:
-            values = values / math.sqrt(1 + self.options.noise_std**2 / self.options.n_dims)
-        return values
+            factor = 1 / math.sqrt(1 + self.options.noise_std**2 / self.options.n_dims)
+        noise = self.options.noise_std * torch.from_numpy(streams.normal(values.shape[1]))
+        return factor * values, factor * (values + noise)
 
 
 class QuadraticRegression(LinearRegression):
@@ -285,51 +295,3 @@ FUNCTION_CLASSES: dict[str, type[FunctionClass]] = {
         MatrixChain,
     )
 }
-
-
-# Predictors without a model. Each takes points (B, n, d) and values (B, n) or (B, n, outputs), and predicts every value
-# from the pairs before it; at the first point, where there are none, it says 0.
-
-
-def least_squares(points: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The linear function of least squared error, and of several the one with the smallest weights.
-
-    Computed in double precision, and returned in the type and shape of `values`.
-    """
-    inputs = points.double()
-    outputs = values.double().reshape(*values.shape[:2], -1)
-    predictions = torch.zeros_like(outputs)
-    for place in range(1, points.shape[1]):
-        weights = torch.linalg.lstsq(inputs[:, :place], outputs[:, :place], driver="gelsd").solution
-        predictions[:, place] = (inputs[:, place, None] @ weights).squeeze(1)
-    return predictions.to(values.dtype).view_as(values)
-
-
-def nearest_neighbours(points: torch.Tensor, values: torch.Tensor, count: int = 3) -> torch.Tensor:
-    """The mean value of the `count` nearest points before, or of all if there are fewer."""
-    num_points = points.shape[1]
-    # The matrix-product form would lose the small distances to rounding.
-    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    later = torch.ones(num_points, num_points, dtype=torch.bool).triu()
-    nearest = apart.masked_fill(later, math.inf).topk(min(count, num_points), dim=2, largest=False)
-    weights = torch.zeros_like(apart).scatter(2, nearest.indices, nearest.values.isfinite().to(apart.dtype))
-    return _weighted_mean(weights, values)
-
-
-def averaging(points: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`w . x` with w the mean of `y x` over the pairs before: least squares without decorrelation."""
-    earlier = torch.ones(points.shape[1], points.shape[1], dtype=points.dtype).tril(diagonal=-1)
-    return _weighted_mean(points @ points.transpose(1, 2) * earlier, values, counts=earlier.sum(dim=1))
-
-
-def _weighted_mean(weights: torch.Tensor, values: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums of the values with weights `(B, n, n)`, over their number."""
-    counts = weights.sum(dim=2) if counts is None else counts.expand(weights.shape[:2])
-    outputs = values.reshape(*values.shape[:2], -1).to(weights.dtype)
-    return (weights @ outputs / counts.clamp(min=1)[:, :, None]).to(values.dtype).view_as(values)
-
-
-def error_by_position(predictions: torch.Tensor, values: torch.Tensor) -> np.ndarray:
-    """Mean squared error at each place of the prompt, `(n,)`, over prompts and outputs."""
-    errors = (predictions.double() - values.double()).square()
-    return errors.reshape(*errors.shape[:2], -1).mean(dim=(0, 2)).numpy()

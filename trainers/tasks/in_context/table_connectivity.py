@@ -1,10 +1,11 @@
 """Are two columns connected? Tables share columns; does a chain of tables join the two that are asked for?"""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .base import InContextTask
 from .streams import Streams
 
 UNREACHABLE = -1
+IGNORED = -100
 NUM_TAIL_TOKENS = 3
 # Graphs drawn without one that offers both kinds of pairs, before the options are said not to allow any: if one graph
 # in 500 did, all of these would miss it once in 10^17 times.
@@ -47,6 +49,20 @@ class TableConnectivityOptions:
         default=None,
         metadata={"help": "Tables on the shortest path between connected columns; by default any. Needs balanced."},
     )
+    max_path_length: int | None = field(
+        default=None, metadata={"help": "The same, but every length from 0 to this one. Needs balanced."}
+    )
+    min_tables: int | None = field(
+        default=None,
+        metadata={"help": "Every prompt has a random number of tables from this one to num_tables; by default V."},
+    )
+    autoregressive: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask for the path table by table: a prompt shows the question, or a table on the way in the place "
+            "of the first column, and the blocks' labels say which tables come next on a shortest path."
+        },
+    )
     names: Literal["orthogonal", "random"] = field(
         default="orthogonal", metadata={"help": "Names are orthogonal vectors of length sqrt(n_dims), or normal ones."}
     )
@@ -71,10 +87,18 @@ class TableConnectivityOptions:
                 f"n_dims is {self.n_dims}; {self.num_names} orthogonal names (V tables with C columns each) need at "
                 f'least as many, or names="random"'
             )
-        if self.path_length is not None and not self.balanced:
-            raise ValueError("path_length needs balanced=true")
-        if self.path_length is not None and not 0 <= self.path_length <= self.num_tables:
-            raise ValueError(f"path_length is {self.path_length}; it must lie in [0, num_tables={self.num_tables}]")
+        for name in ("path_length", "max_path_length"):
+            length = getattr(self, name)
+            if length is not None and not self.balanced:
+                raise ValueError(f"{name} needs balanced=true")
+            if length is not None and not 0 <= length <= self.num_tables:
+                raise ValueError(f"{name} is {length}; it must lie in [0, num_tables={self.num_tables}]")
+        if self.path_length is not None and self.max_path_length is not None:
+            raise ValueError("path_length and max_path_length are both set; one of them says which paths there are")
+        if self.autoregressive and self.min_tables is not None:
+            raise ValueError("autoregressive and min_tables are both set; paths are asked for in prompts of one size")
+        if self.min_tables is not None and not 2 <= self.min_tables <= self.num_tables:
+            raise ValueError(f"min_tables is {self.min_tables}; it must lie in [2, num_tables={self.num_tables}]")
 
     @property
     def vocabulary_tables(self) -> int:
@@ -225,6 +249,15 @@ def choose(allowed: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     return (counts <= rank[:, None]).sum(dim=1).clamp(max=allowed.shape[1] - 1)
 
 
+def neighbours(columns: torch.Tensor) -> torch.Tensor:
+    """Whether two tables hold a column in common, `(B, V, V)`; every table does with itself.
+
+    Args:
+        columns: `(B, V, C)`.
+    """
+    return (columns[:, :, None, :, None] == columns[:, None, :, None, :]).any(dim=(-2, -1))
+
+
 class TableConnectivity(InContextTask):
     """V tables with C columns each -> do two columns lie in one component?
 
@@ -238,10 +271,24 @@ class TableConnectivity(InContextTask):
     name = "table_connectivity"
     metric = "accuracy"
     options_class = TableConnectivityOptions
+    curriculum_variables = ("num_tables", "rho", "path_length", "max_path_length")
 
     def __init__(self, options=None, seed: int = 0):
         super().__init__(options, seed)
         self.names = self._make_names()
+        self._variants: dict[tuple, TableConnectivity] = {}
+
+    def variant(self, **changed: Any) -> "TableConnectivity":
+        """The task with other values of some options, and the same names.
+
+        Raises:
+            UserError: if a value breaks a rule, or there are no names for so many tables.
+        """
+        key = tuple(sorted(changed.items()))
+        if key not in self._variants:
+            options = dataclasses.asdict(self.options) | {"max_tables": self.options.vocabulary_tables} | changed
+            self._variants[key] = TableConnectivity(options, self.seed)
+        return self._variants[key]
 
     def _make_names(self) -> torch.Tensor:
         """Vectors of the columns' names, of the tables' names, and zeros for the separator."""
@@ -327,12 +374,17 @@ class TableConnectivity(InContextTask):
         num_tables, num_columns = options.num_tables, options.num_columns
         # For the first table, the second, and a slot of each.
         uniform = streams.uniform(4)
-        if options.path_length is not None:
+        if options.path_length is not None or options.max_path_length is not None:
             first = torch.from_numpy((uniform[:, 0] * num_tables * num_columns).astype(np.int64))
             flat = columns.flatten(1)
             _, to_columns = distances(columns, flat.gather(1, first[:, None]).squeeze(1), self.num_columns_named)
             lengths = to_columns.gather(1, flat)
-            near, apart = lengths == options.path_length, lengths == UNREACHABLE
+            apart = lengths == UNREACHABLE
+            if options.path_length is not None:
+                near = lengths == options.path_length
+            else:
+                near = ~apart & (lengths <= options.max_path_length)
+                near.scatter_(1, first[:, None], False)
             second = choose(torch.where(wanted[:, None], near, apart), uniform[:, 1])
             return torch.stack((first, second), dim=1), near.any(dim=1) & apart.any(dim=1)
 
@@ -362,18 +414,89 @@ class TableConnectivity(InContextTask):
         separator = torch.full((len(tables), 1), options.num_names)
         return torch.cat((blocks.flatten(1), separator, questions.query), dim=1)
 
-    def batch(self, split: str, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, split: str, indices: Sequence[int], **stage: Any) -> dict[str, torch.Tensor]:
         """`input_values` `(B, N, n_dims)`, `labels` `(B,)` and `block_targets` `(B, V)`, both 1 or -1, and
         `path_length` `(B,)`.
+
+        With `min_tables` prompts differ in their number of tables: V is the largest that is possible, smaller prompts
+        have blocks of zeros behind their own, whose targets are -100, and `attention_mask` `(B, V)` is 0 there.
         """
+        if stage:
+            return self.variant(**stage).batch(split, indices)
+        if self.options.min_tables is not None:
+            return self._batch_of_sizes(split, np.asarray(indices, dtype=np.int64))
         questions = self.questions(split, indices)
         ids = self.token_ids(questions, self.streams(split, indices, "names of tables"))
+        block_targets, path_length = questions.tables_connected, questions.path_length
+        if self.options.autoregressive:
+            ids, block_targets, path_length = self.on_the_way(questions, ids, self.streams(split, indices, "steps"))
         return {
             "input_values": self.names[ids],
             "labels": questions.connected.long() * 2 - 1,
-            "block_targets": questions.tables_connected.long() * 2 - 1,
-            "path_length": questions.path_length,
+            "block_targets": block_targets.long() * 2 - 1,
+            "path_length": path_length,
         }
+
+    def on_the_way(
+        self, questions: Questions, ids: torch.Tensor, streams: Streams
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The questions after a random number of steps along a shortest path.
+
+        Args:
+            ids: as [`token_ids`] returns them.
+            streams: from which the numbers of steps are drawn.
+
+        Returns:
+            The ids with the table that was reached in the place of the first column, `(B, N)`; which tables come next
+            on a shortest path, `(B, V)`; and the tables left on it, `(B,)`, -1 if there is none.
+        """
+        rows = torch.arange(len(ids))
+        steps = (torch.from_numpy(streams.uniform()) * questions.path_length.clamp(min=0)).long()
+        paths = shortest_paths(questions.columns, questions.query, self.num_columns_named)
+        begins = steps == 0
+        # Columns and tables take turns on a path, beginning with a column.
+        table = torch.where(begins, UNREACHABLE, paths[rows, (2 * steps - 1).clamp(min=0)])
+        ids = ids.clone()
+        named = ids[rows, table.clamp(min=0) * (self.options.num_columns + 1)]
+        ids[:, -2] = torch.where(begins, ids[:, -2], named)
+        left = torch.where(questions.path_length > 0, questions.path_length - steps, questions.path_length)
+        to_goal, _ = distances(questions.columns, questions.query[:, 1], self.num_columns_named)
+        nexts = self.next_tables(questions, table)
+        return ids, nexts & (to_goal == left[:, None]) & (left > 0)[:, None], left
+
+    def next_tables(self, questions: Questions, table: torch.Tensor) -> torch.Tensor:
+        """The tables that a path may go on to, `(B, V)`.
+
+        Args:
+            table: `(B,)`, the table reached last, or -1 at the beginning, where the next holds the first column.
+        """
+        holds = (questions.columns == questions.query[:, :1, None]).any(dim=2)
+        beside = neighbours(questions.columns)[torch.arange(len(table)), table.clamp(min=0)]
+        return torch.where((table == UNREACHABLE)[:, None], holds, beside)
+
+    def _batch_of_sizes(self, split: str, indices: np.ndarray) -> dict[str, torch.Tensor]:
+        """A batch whose prompts have `min_tables` to `num_tables` tables."""
+        least, most = self.options.min_tables, self.options.num_tables
+        sizes = least + self.streams(split, indices, "sizes").integers(most - least + 1)
+        block_size = self.options.num_columns + 1
+        batch = {
+            "input_values": torch.zeros(len(indices), most * block_size + NUM_TAIL_TOKENS, self.options.n_dims),
+            "labels": torch.empty(len(indices), dtype=torch.long),
+            "block_targets": torch.full((len(indices), most), IGNORED),
+            "path_length": torch.empty(len(indices), dtype=torch.long),
+            "attention_mask": torch.zeros(len(indices), most, dtype=torch.long),
+        }
+        for size in np.unique(sizes).tolist():
+            rows = torch.from_numpy(np.nonzero(sizes == size)[0])
+            part = self.variant(num_tables=size, min_tables=None).batch(split, indices[rows.numpy()])
+            blocks, tail = part["input_values"].tensor_split([size * block_size], dim=1)
+            batch["input_values"][rows, : size * block_size] = blocks
+            batch["input_values"][rows, most * block_size :] = tail
+            batch["block_targets"][rows, :size] = part["block_targets"]
+            batch["attention_mask"][rows, :size] = 1
+            for name in ("labels", "path_length"):
+                batch[name][rows] = part[name]
+        return batch
 
     def warning(self, labels: torch.Tensor) -> str | None:
         """What to tell a user whose labels are nearly all alike: then always saying so is nearly always right."""
@@ -404,10 +527,9 @@ def within_hops(questions: Questions, hops: int) -> torch.Tensor:
     Returns:
         `(B,)` of bool.
     """
-    columns = questions.columns
-    shared = (columns[:, :, None, :, None] == columns[:, None, :, None, :]).any(dim=(-2, -1)).float()
+    shared = neighbours(questions.columns).float()
     first, second = questions.query_tables.unbind(dim=1)
-    rows = torch.arange(len(columns))
+    rows = torch.arange(len(shared))
     reached = shared[rows, first]
     for _ in range(hops - 1):
         reached = (reached[:, None] @ shared).squeeze(1).clamp(max=1)

@@ -1,0 +1,196 @@
+"""Where an analysis keeps what it has finished: in memory, or as files that outlive the process.
+
+On disk each part is one safetensors file that appears whole or not at all. A later run of the same analysis finds the
+parts that are there and computes the rest; several processes share the parts of one folder.
+"""
+
+import hashlib
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import UserError
+from .capture import LayerTerms
+from .coupling import replacing
+
+Parts = dict[str, torch.Tensor]
+
+
+class Store(ABC):
+    """Named groups of tensors."""
+
+    @abstractmethod
+    def __contains__(self, name: str) -> bool:
+        """Whether a part is there, whole."""
+
+    @abstractmethod
+    def save(self, name: str, tensors: Parts) -> None:
+        """Keep a part."""
+
+    @abstractmethod
+    @contextmanager
+    def opened(self, names: Sequence[str]) -> Iterator[list["Part"]]:
+        """Parts to read from, in the order of their names."""
+
+
+class Part(ABC):
+    """One part, whose tensors are read one by one."""
+
+    @abstractmethod
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """A tensor."""
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """The tensors' names."""
+
+
+class MemoryStore(Store):
+    """Parts that live as long as the store."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, _MemoryPart] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def save(self, name: str, tensors: Parts) -> None:
+        self._parts[name] = _MemoryPart(tensors)
+
+    @contextmanager
+    def opened(self, names: Sequence[str]) -> Iterator[list[Part]]:
+        yield [self._parts[name] for name in names]
+
+
+class _MemoryPart(Part):
+    def __init__(self, tensors: Parts):
+        self._tensors = tensors
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._tensors[key]
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+
+class DiskStore(Store):
+    """Parts as files of a folder.
+
+    Args:
+        folder: made if it does not exist.
+
+    Raises:
+        UserError: if the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot keep blocks there: {error.strerror}") from error
+
+    def __contains__(self, name: str) -> bool:
+        path = self._path(name)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt"):
+                return True
+        except (SafetensorError, OSError):  # shorter than its header says: not what was written
+            return False
+
+    def save(self, name: str, tensors: Parts) -> None:
+        """Keep a part.
+
+        Raises:
+            UserError: if it cannot be written; what was finished before is kept.
+        """
+        path = self._path(name)
+        try:
+            with replacing(path) as aside:
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(
+                f"cannot write {path}: {reason}; the blocks finished before are kept, and the same command goes on"
+                " from them"
+            ) from error
+
+    @contextmanager
+    def opened(self, names: Sequence[str]) -> Iterator[list[Part]]:
+        with ExitStack() as stack:
+            yield [_FilePart(stack.enter_context(safe_open(self._path(name), "pt"))) for name in names]
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was writing. No other process may be at work in the folder."""
+        for path in self.folder.glob(".*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder and all parts."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+class _FilePart(Part):
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._file.get_tensor(key)
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+
+def pack(index: int, terms: LayerTerms) -> Parts:
+    """The terms of layer number `index` as named tensors."""
+    named = {f"{index}.left": terms.left, f"{index}.right": terms.right, f"{index}.owner": terms.owner}
+    return named | {f"{index}.bias.{place}": bias for place, bias in enumerate(terms.biases)}
+
+
+def unpack(index: int, part: Part, prefix: str = "") -> LayerTerms:
+    """What `pack` named."""
+    start = f"{prefix}{index}."
+    biases = sorted((key for key in part.keys() if key.startswith(f"{start}bias.")), key=lambda key: int(key[len(start) + 5 :]))
+    return LayerTerms(
+        part[f"{start}left"], part[f"{start}right"], part[f"{start}owner"], [part[key] for key in biases]
+    )
+
+
+def joined(chunks: Sequence[LayerTerms], sizes: Sequence[int]) -> LayerTerms:
+    """The terms of several sets of pieces as one set; `sizes` are their numbers of pieces."""
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
+    return LayerTerms(
+        torch.cat([chunk.left for chunk in chunks]),
+        torch.cat([chunk.right for chunk in chunks]),
+        torch.cat([chunk.owner + start for chunk, start in zip(chunks, starts, strict=True)]),
+        [torch.cat(parts) for parts in zip(*(chunk.biases for chunk in chunks), strict=True)],
+    )
+
+
+def fingerprint(model: nn.Module, facts: dict[str, Any]) -> str:
+    """Sixteen digits that differ if the weights or any of the facts differ.
+
+    Of each tensor the sum in float64 and some thousand values count.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.dtype != torch.bool:
+            digest.update(values[:: max(1, len(values) // 4096)].double().cpu().numpy().tobytes())
+            digest.update(values.sum(dtype=torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
