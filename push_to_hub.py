@@ -53,7 +53,9 @@ from safetensors import SafetensorError, safe_open
 from model_cards.card import CardError, render_card
 from trainers.errors import UserError
 
-REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "metrics.json", "recipe.yaml", "README.md")
+REQUIRED_FILES = ("config.json", "metrics.json", "recipe.yaml", "README.md")
+# What a model that reads text needs as well: one whose configuration has a vocabulary.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 OPTIONAL_FILES = (
     "generation_config.json",
     "special_tokens_map.json",
@@ -279,6 +281,8 @@ def collect_files(run_dir: Path) -> list[PushFile]:
         raise UserError(f"{run_dir}: there is no such folder")
     missing = [name for name in REQUIRED_FILES if not (run_dir / name).is_file()]
     config = _read_json(run_dir / "config.json") if "config.json" not in missing else {}
+    tokenizer = TOKENIZER_FILES if _reads_text(config) else ()
+    missing += [name for name in tokenizer if not (run_dir / name).is_file()]
     metrics = _read_json(run_dir / "metrics.json") if "metrics.json" not in missing else {"status": "finished"}
     if metrics.get("status") != "finished":
         missing.append(f'"status": "finished" in metrics.json (it says {json.dumps(metrics.get("status"))})')
@@ -291,7 +295,7 @@ def collect_files(run_dir: Path) -> list[PushFile]:
     if missing:
         raise UserError(f"{run_dir} is not a finished run; missing: {', '.join(missing)}")
 
-    names = [*REQUIRED_FILES, *weights, *code, *(n for n in OPTIONAL_FILES if (run_dir / n).is_file())]
+    names = [*REQUIRED_FILES, *tokenizer, *weights, *code, *(n for n in OPTIONAL_FILES if (run_dir / n).is_file())]
     for folder in REPORT_FOLDERS:
         names += [
             path.relative_to(run_dir).as_posix() for path in (run_dir / folder).rglob("*") if _is_report(path, run_dir)
@@ -388,10 +392,16 @@ def _code_files(run_dir: Path, config: dict, missing: list[str]) -> list[str]:
         if (run_dir / file).is_file() and class_name not in classes[file]:
             missing.append(f"class {class_name} in {file} (named by auto_map.{auto_class})")
     needed = {"AutoConfig", "AutoModel"}
-    heads = [name for file, _ in entries.values() for name in classes[file] if not name.startswith("_")]
+    # A file may hold a second architecture, whose classes are not this one's.
+    family = re.sub(f"({'|'.join(AUTO_CLASS_OF_SUFFIX)}|Model)$", "", _saved_class(config))
+    heads = [name for file, _ in entries.values() for name in classes[file] if name.startswith(family)]
     needed |= {auto for suffix, auto in AUTO_CLASS_OF_SUFFIX.items() if any(name.endswith(suffix) for name in heads)}
     missing += [f"{auto_class} in config.json's auto_map" for auto_class in sorted(needed - entries.keys())]
     return sorted(classes)
+
+
+def _reads_text(config: dict[str, Any]) -> bool:
+    return not config or config.get("vocab_size") is not None
 
 
 def _is_report(path: Path, run_dir: Path) -> bool:
@@ -545,12 +555,14 @@ def _snippet(run_dir: Path, result: PushResult) -> str:
         (auto for auto, reference in config["auto_map"].items() if reference.endswith(f".{_saved_class(config)}")),
         "AutoModel",
     )
-    arguments = f'"{result.repo_id}", revision="{result.revision}"'
-    return (
-        f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({arguments}, trust_remote_code=True)\n"
-        f"model = {auto_class}.from_pretrained({arguments}, trust_remote_code=True)"
-    )
+    arguments = f'"{result.repo_id}", revision="{result.revision}", trust_remote_code=True'
+    names = {"model": auto_class}
+    if _reads_text(config):
+        names = {"tokenizer": "AutoTokenizer"} | names
+    elif (run_dir / "preprocessor_config.json").is_file():
+        names = {"processor": "AutoImageProcessor"} | names
+    lines = [f"{name} = {loader}.from_pretrained({arguments})" for name, loader in names.items()]
+    return "\n".join([f"from transformers import {', '.join(sorted(names.values()))}", "", *lines])
 
 
 class _Done(NamedTuple):
@@ -864,10 +876,16 @@ def _block_imports(names):
         raise RuntimeError(f"{name} can be imported, so this would not show that the push is complete")
 
 
-def _example_inputs(auto_class, config):
-    """Token ids of shape (2, 12), the second sequence padded; (2, 3, 12) for multiple choice."""
+def _example_inputs(auto_class, model):
+    """Token ids of shape (2, 12), the second sequence padded; (2, 3, 12) for multiple choice.
+
+    A model that reads no tokens says itself what it can be given.
+    """
     import torch
 
+    config = model.config
+    if getattr(config, "vocab_size", None) is None:
+        return dict(model.dummy_inputs)
     length = min(12, getattr(config, "max_position_embeddings", None) or 12)
     generator = torch.Generator().manual_seed(0)
 
@@ -934,7 +952,7 @@ def _compare_model(auto_class, job, saved_class):
     if new[0] and (auto_class == "AutoModel" or type(models[0]).__name__ == saved_class):
         raise RuntimeError(f"the checkpoint does not hold {new[0]}")
 
-    inputs = _example_inputs(auto_class, models[0].config)
+    inputs = _example_inputs(auto_class, models[0])
     with torch.no_grad():
         outputs = [model(**inputs, use_cache=False) if model.can_generate() else model(**inputs) for model in models]
         difference = _largest_difference(*outputs)
@@ -988,7 +1006,9 @@ def _load_elsewhere():
     with open(f"{job['run_dir']}/config.json", encoding="utf-8") as file:
         saved = json.load(file)
     saved_class = (saved.get("architectures") or [None])[0]
-    checks = [("AutoConfig", compare_config), ("AutoTokenizer", compare_tokenizer)]
+    checks = [("AutoConfig", compare_config)]
+    if saved.get("vocab_size") is not None:
+        checks.append(("AutoTokenizer", compare_tokenizer))
     for auto_class in saved["auto_map"]:
         if auto_class not in ("AutoConfig", "AutoTokenizer"):
             checks.append((auto_class, partial(_compare_model, auto_class, job, saved_class)))

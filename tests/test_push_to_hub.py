@@ -53,6 +53,7 @@ from tests import hub_server
 from tests.hub_server import HubServer, new_token
 from tests.model_cards.run_folders import metrics_of, predictions_of, recipe_of
 from trainers.errors import UserError
+from trainers.train import main as train
 
 hub = hub_server.hub
 ROOT = Path(__file__).parents[1]
@@ -248,6 +249,35 @@ def test_a_push_is_one_commit_with_exactly_the_files_of_the_run(hub, finished_ru
         assert hub.user.token not in f"{request.path}{request.query}"
         if request.path.startswith("/lfs") and request.method == "PUT":
             assert "authorization" not in request.headers
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("continuous_thought_machine/parity/smoke.yaml", marks=pytest.mark.long),
+        "low_rank_in_context_transformer/table_connectivity/smoke.yaml",
+        pytest.param("continuous_thought_machine/images/smoke.yaml", marks=pytest.mark.long),
+        pytest.param("hyper_continuous_thought_machine/mazes/smoke.yaml", marks=pytest.mark.long),
+        pytest.param("in_context_transformer/linear_regression/smoke.yaml", marks=pytest.mark.long),
+    ],
+)
+def test_runs_of_models_that_read_no_text(hub, tmp_path, recipe, capsys):
+    """Trained by the command, pushed without a tokenizer, loaded elsewhere by every Auto class with equal outputs."""
+    path, folder = ROOT / "recipes" / recipe, tmp_path / "run"
+    options = ["--output_dir", str(folder), "--max_steps", "2", "--disable_tqdm"]
+    if (ROOT / "tests" / "data" / path.parent.name).is_dir():
+        options += ["--data_dir", str(ROOT / "tests" / "data" / path.parent.name)]
+    assert train([str(path), *options]) == 0
+    lines: list[str] = []
+    push(hub, folder, "ada/thinker", verify=True, show=lines.append)
+    pushed = hub.files("ada/thinker")
+    assert "tokenizer.json" not in pushed
+    assert {"model.safetensors", "config.json", "README.md", "metrics.json"} <= set(pushed)
+    assert any(name.startswith("internals/") and name.endswith(".png") for name in pushed)
+    report = "\n".join(lines)
+    assert "AutoTokenizer" not in report
+    loaders = [name for name in json.loads(pushed["config.json"])["auto_map"] if name != "AutoConfig"]
+    assert all(re.search(rf"^{name} +ok  max \|difference\| 0", report, re.MULTILINE) for name in loaders)
 
 
 def test_files_are_listed_before_anything_is_sent(hub, run):

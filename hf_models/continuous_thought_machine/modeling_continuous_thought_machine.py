@@ -1076,6 +1076,19 @@ class ContinuousThoughtMachinePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ContinuousThoughtMachineModel"]
     _supports_sdpa = True
 
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Two inputs of a size that the model takes, always the same."""
+        generator, config = torch.Generator().manual_seed(0), self.config
+        if config.backbone_type == "parity_backbone":
+            length = config.prediction_shape[0] if config.prediction_shape else 8
+            inputs = torch.randint(2, (2, length), generator=generator) * 2.0 - 1
+        else:
+            size = config.image_size or (4 if config.backbone_type == "none" else 32)
+            sizes = size if isinstance(size, list) else [size] * 2
+            inputs = torch.randn(2, config.num_channels, *sizes, generator=generator)
+        return {config.input_name: inputs.to(self.device)}
+
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()

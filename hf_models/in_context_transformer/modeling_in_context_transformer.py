@@ -217,6 +217,15 @@ class InContextTransformerPreTrainedModel(PreTrainedModel):
         "AutoModelForTimeSeriesPrediction": "modeling_in_context_transformer.InContextTransformerForPrediction",
     }
 
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Two prompts of a size that the model takes, always the same."""
+        generator, config = torch.Generator().manual_seed(0), self.config
+        points = torch.randn(2, 4, config.n_dims, generator=generator)
+        shape = (2, 4) if config.n_outputs == 1 else (2, 4, config.n_outputs)
+        values = torch.randn(shape, generator=generator)
+        return {"input_values": points.to(self.device), "context_values": values.to(self.device)}
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in the library; the saved config names every class of the model, not only the one that is saved."""
         self.config.auto_map = dict(self.auto_map)
@@ -675,6 +684,13 @@ class LowRankInContextTransformerPreTrainedModel(InContextTransformerPreTrainedM
 
     config: LowRankInContextTransformerConfig
     _no_split_modules = ["LowRankInContextTransformerBlock"]
+
+    @property
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """Two prompts of four blocks, always the same."""
+        length = 4 * self.config.block_size + self.config.num_tail_tokens
+        tokens = torch.randn(2, length, self.config.n_dims, generator=torch.Generator().manual_seed(0))
+        return {"input_values": tokens.to(self.device)}
 
     auto_map = {
         "AutoConfig": "configuration_in_context_transformer.LowRankInContextTransformerConfig",

@@ -663,6 +663,15 @@ class ModelTests:
                 unlabelled |= {"decoder_input_ids": inputs["labels"].clamp(min=0)}
             assert model(**unlabelled).loss is None
 
+    def test_dummy_inputs_fit(self, model_class):
+        """A model that reads no tokens says itself what it can be given."""
+        model = self.build(model_class)
+        if getattr(model.config, "vocab_size", None) is None:
+            with torch.no_grad():
+                outputs = model(**model.dummy_inputs)
+            assert outputs[0].isfinite().all()
+            assert len(model.dummy_inputs[model.main_input_name]) == 2
+
     def test_tuple_equals_dict(self, model_class):
         model = self.build(model_class)
         inputs = self.inputs(model_class, 2, model.config)
