@@ -149,13 +149,14 @@ def attention_tap(modules: Mapping[str, nn.Module], on_call: Callable[[Attention
             result = function(module, query, key, value, attention_mask, *args, **kwargs)
             name = names.get(id(module))
             if name is not None and not in_backward():
-                states = (states.detach() for states in (query, key, value))
                 with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
                     on_call(
                         AttentionCall(
                             name,
                             module,
-                            *states,
+                            query.detach(),
+                            key.detach(),
+                            value.detach(),
                             attention_mask,
                             implementation or "eager",
                             kwargs,

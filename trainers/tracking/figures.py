@@ -216,6 +216,7 @@ def layer_contributions(records: Sequence[Record]) -> "Figure":
 def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
     """Gradients by depth at several steps, gradients at the layers' outputs, and the size of the updates."""
     import matplotlib
+    from matplotlib.ticker import MaxNLocator
 
     figure, grid = _grid(3, 3, 4.8, 3.9)
     chosen = _spread(list(range(len(records))), MOST_STEPS)
@@ -234,11 +235,8 @@ def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
             style = {"color": colour, "marker": markers.get(stack, "o"), "markersize": 4, "linewidth": 1}
             label = f"step {record['step']}" if stack == stacks[0] else None
             grid[0].plot([place for place, _, _ in inside], [rms for *_, rms in inside], label=label, **style)
-            outputs = [
-                (place, (record["activation_gradients"].get(name) or {}).get("norm")) for place, name, _ in inside
-            ]
-            outputs = [(place, norm) for place, norm in outputs if norm]
-            grid[1].plot([place for place, _ in outputs], [norm for _, norm in outputs], **style)
+            norms = [(record["activation_gradients"].get(name) or {}).get("norm") or np.nan for _, name, _ in inside]
+            grid[1].plot([place for place, _, _ in inside], norms, **style)
     steps = [record["step"] for record in records]
     for index, name in enumerate(records[-1]["gradients"]["layers"]):
         values = [(r["gradients"]["layers"].get(name) or {}).get("update_to_weight") for r in records]
@@ -250,12 +248,12 @@ def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
         (grid[1], "norm of dL/dh at the layer's output", "layer (0 is next to the input)"),
         (grid[2], "|update| / |weight|  (grey: 1e-5 to 1e-2)", "update step"),
     ):
-        if any(line.get_ydata().size and np.isfinite(line.get_ydata()).any() for line in axes.lines):
+        if any(np.isfinite(np.asarray(line.get_ydata(), dtype=np.float64)).any() for line in axes.lines):
             axes.set_yscale("log")
         axes.set_xlabel(across)
         axes.set_ylabel(label)
         if axes is not grid[2]:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for stack in stacks:
         grid[1].plot([], [], color="0.3", marker=markers.get(stack, "o"), markersize=4, linewidth=1, label=stack)
     for axes in grid:

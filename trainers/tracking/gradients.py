@@ -44,11 +44,10 @@ class WeightMeter:
         if not parameters:
             self._measured = {}
             return
-        gradients = [_local(p.grad) for p in parameters.values()]
+        gradients = [_local(p.grad) for p in parameters.values() if p.grad is not None]
         weights = [_local(p.detach()) for p in parameters.values()]
-        norms = torch.stack([*_norms(gradients), *_norms(weights)]).to("cpu", torch.float64)
+        norms = torch.stack([*_norms(gradients), *_norms(weights)]).to("cpu", torch.float64).numpy().reshape(2, -1)
         zeros = torch.stack([gradient.numel() - torch.count_nonzero(gradient) for gradient in gradients]).cpu()
-        norms = norms.numpy().reshape(2, -1)
         self._measured = {"gradient": norms[0] / scale, "weight": norms[1], "zeros": zeros.numpy()}
         bad = np.flatnonzero(~np.isfinite(norms[0]))
         self._measured["nonfinite"] = np.zeros(len(gradients), dtype=np.int64)
@@ -153,7 +152,7 @@ def log_slope(points: Sequence[tuple[float, float]]) -> float | None:
     kept = [(depth, math.log(value)) for depth, value in points if value > 0 and math.isfinite(value)]
     if len({depth for depth, _ in kept}) < 2:
         return None
-    return float(np.polyfit(*zip(*kept, strict=True), 1)[0])
+    return float(np.polyfit([depth for depth, _ in kept], [value for _, value in kept], 1)[0])
 
 
 def gradient_flags(layers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

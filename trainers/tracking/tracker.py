@@ -321,7 +321,7 @@ class InternalsTracker(TrainerCallback):
     def _token_text(self, token: int) -> str:
         if self.tokenizer is None:
             return str(token)
-        text = self.tokenizer.decode([token])
+        text = str(self.tokenizer.decode([token]))
         if text.strip():
             return text
         # White space alone would leave an axis without a label.

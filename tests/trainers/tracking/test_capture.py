@@ -231,7 +231,8 @@ def test_low_rank_in_context_model_is_reproduced_and_its_shrinking_stream_is_nam
     found = TransformerAnalyzer(model).comprehensive_analysis({"input_values": values})
     assert found["not_reproduced"] == {}
     assert set(found["attention"]["modules"]) == set(Structure(model).attentions)
-    assert "does not return states of the shape it takes" in found["residual"]["layers"]["problem"]
+    (stream,) = found["residual"].values()
+    assert "does not return states of the shape it takes" in stream["problem"]
 
 
 def test_bert_blocks_do_not_add_up_and_say_so():
