@@ -98,3 +98,24 @@ def test_the_browser_would_have_run_it(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(f"<!doctype html><title>x</title><body><p>{PLANTED}</p></body>")
     assert is_planted(document_of(page))
+
+
+def test_internals_page_shows_data_and_runs_none(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, number in (("train", 8), ("dev", 4)):
+        rows = [{"question": f"{PLANTED} {split} {index}?", "answer": index % 2 == 0} for index in range(number)]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        "model": {**RECIPE["model"], "max_position_embeddings": 128},
+        "task": {"name": "strategyqa", "data_dir": str(data), "max_source_length": 100, "near_duplicate_similarity": 1},
+        "tokenizer": {"vocab_size": 300},
+        "training": RECIPE["training"],
+        "tracking": {"every": 1},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(sections))
+    assert train([str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
+    document = document_of(tmp_path / "run" / "internals" / "index.html")
+    assert "data:image/png" in document
+    assert not is_planted(document)
