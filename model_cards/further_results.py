@@ -61,7 +61,8 @@ def _curve_table(curve: Fields, metric: str, title: str) -> str:
 
 
 def _prompts_table(prompts: Fields, metric: str, title: str) -> str:
-    rows, names = [], []
+    rows: list[list[str]] = []
+    names: list[str] = []
     for kind in prompts.content:
         curve = prompts.section(kind)
         model, baselines = _scores(curve, "model", metric), _baselines(curve, metric)

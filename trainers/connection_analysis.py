@@ -33,7 +33,7 @@ MAX_PAIRS = 4096
 FILE_NAME = "connection_analysis.json"
 
 
-def connections_of(model: PreTrainedModel) -> torch.nn.Module:
+def connections_of(model: PreTrainedModel) -> Any:
     """The connections of a Connection Transformer, whatever its head.
 
     Raises:
@@ -44,11 +44,12 @@ def connections_of(model: PreTrainedModel) -> torch.nn.Module:
     return encoder_of(model).reasoning.step.connections
 
 
-def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+def encoder_of(model: PreTrainedModel) -> Any:
+    """The encoder of a Connection Transformer with any head."""
     return getattr(model, "model", model).encoder
 
 
-def pair_cores(connections: torch.nn.Module, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def pair_cores(connections: Any, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Small matrices with the singular values of `M_ij = S T`.
 
     With `S = Q R` and `Tᵀ = P L`, both Q and P with orthonormal columns, `S T = Q (R Lᵀ) Pᵀ` has the singular values of
@@ -81,7 +82,7 @@ def pair_cores(connections: torch.nn.Module, sources: torch.Tensor, targets: tor
     return left[sources] @ cores @ right[targets].transpose(1, 2)
 
 
-def traces(connections: torch.nn.Module) -> torch.Tensor:
+def traces(connections: Any) -> torch.Tensor:
     """`trace(M_ij)` of all pairs, `[source, target]`: whether a message, on the whole, agrees with the state sent."""
     source, target = connections.source_weight.detach().float(), connections.target_weight.detach().float()
     if not hasattr(connections, "core_weight"):
@@ -373,7 +374,7 @@ def connection_figure(connections: Mapping[str, Any]) -> "Figure":
     signed = connections["connection_type"] == "scalar"
     values = matrix[~np.eye(len(matrix), dtype=bool)]
     figure = Figure(figsize=(12, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1], squeeze=False)[0]
     axes = left.subplots()
     largest = float(np.abs(values).max()) or 1.0
     limits = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"} if signed else {"vmin": 0, "vmax": largest}

@@ -13,7 +13,7 @@ from .errors import UserError
 ENERGIES = (0.9, 0.95, 0.99, 0.999)
 
 
-def _factors(connections: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(connections: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and target factors in float64, per pair as `[source, target]` or per slot."""
     source, target = connections.source_weight.detach().double(), connections.target_weight.detach().double()
     if hasattr(connections, "core_weight"):
@@ -26,7 +26,7 @@ def _triangles(source: torch.Tensor, target: torch.Tensor):
     return (*torch.linalg.qr(source), *torch.linalg.qr(target.transpose(-1, -2)))
 
 
-def _block_bases(connections: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+def _block_bases(connections: Any) -> tuple[torch.Tensor, ...]:
     """
     Block connections in orthonormal coordinates of their slots, most important first: with `U_i = Q_i R_i` and
     `V_j = L_jᵀ P_jᵀ` the cores become `R_i C_ij L_jᵀ`, and each slot's coordinates are turned to the main axes of its
@@ -50,7 +50,7 @@ def _block_bases(connections: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     return left_basis @ left_axes, right_basis @ right_axes, cores, left_energy.flip(-1), right_energy.flip(-1)
 
 
-def _diagonal_energy(connections: torch.nn.Module) -> torch.Tensor:
+def _diagonal_energy(connections: Any) -> torch.Tensor:
     """`Σ_ij ‖u_ik‖² g_ij² ‖v_jk‖²` of each component k of diagonal connections, shape `(rank,)`."""
     source, target = _factors(connections)
     cores = connections.core_weight.detach().double().clone()
@@ -149,7 +149,7 @@ def truncated(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         weights["core_weight"] = connections.core_weight[kept]
     config = copy.deepcopy(model.config)
     config.connection_rank = rank
-    smaller = type(model)(config).to(model.device, model.dtype)
+    smaller = type(model)(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     state = model.state_dict()
     prefix = next(name for name, module in model.named_modules() if module is connections)
     state.update({f"{prefix}.{name}": weight.to(state[f"{prefix}.{name}"]) for name, weight in weights.items()})

@@ -133,6 +133,7 @@ def aligned(rows: list[list[str]]) -> str:
 class InContextRun(TrainingRun):
     """A run on a task of [`trainers.tasks.in_context`][]."""
 
+    loss_parts = LOSS_PARTS
     task: Any
     trainer: InContextTrainer
 
@@ -161,7 +162,6 @@ class InContextRun(TrainingRun):
         self.train_examples = len(train_data)
         set_seed(training.seed)
         self.model = self._make_model()
-        self.loss_parts = tuple(name for name in LOSS_PARTS if name != "block" or training.dense_labels)
         self.train_labels = self.task.with_seed(training.seed).batch("train", range(LABELS_COUNTED))["labels"]
         warning = self.task.warning(self.train_labels) if isinstance(self.task, TableConnectivity) else None
         say(

@@ -1,7 +1,7 @@
 """What an in-context model can do: scores by number of examples or path length, beside predictors without a model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -151,14 +151,15 @@ def answer_questions(
     return np.concatenate(logits), {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
 
 
+def _at_most(length: int) -> Callable[[Questions], torch.Tensor]:
+    return lambda questions: at_most(questions, length)
+
+
 RULES: dict[str, Callable[[Questions], torch.Tensor]] = {
     "the tables asked for share a column (1 hop)": lambda questions: within_hops(questions, 1),
     "they are at most 2 hops apart": lambda questions: within_hops(questions, 2),
     "they are at most 3 hops apart": lambda questions: within_hops(questions, 3),
-    **{
-        f"path length at most {length}": lambda questions, length=length: at_most(questions, length)
-        for length in range(LONGEST_RULE + 1)
-    },
+    **{f"path length at most {length}": _at_most(length) for length in range(LONGEST_RULE + 1)},
 }
 """What can be told by looking so many steps far; each looks at the graph itself."""
 
@@ -254,7 +255,7 @@ def follow_paths(
         least one table and for each length of the shortest.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device, block_logits = next(model.parameters()).device, cast(Any, model).block_logits
     found: list[tuple[int, bool, bool]] = []
     for indices in in_batches(size, batch_size):
         questions = task.questions(split, indices)
@@ -270,7 +271,7 @@ def follow_paths(
             if not walks.any():
                 break
             outputs = model(input_values=task.names[ids].to(device), outputs="keys")
-            choice = model.block_logits(outputs.token_logits, "keys").argmax(dim=1).cpu()
+            choice = block_logits(outputs.token_logits, "keys").argmax(dim=1).cpu()
             lost |= walks & ~task.next_tables(questions, table)[rows, choice]
             walks &= ~lost
             taken += walks.long()

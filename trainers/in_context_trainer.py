@@ -59,7 +59,7 @@ class InContextTrainer(RunTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "path_length"]
+        self._signature_columns = [*(self._signature_columns or ()), "path_length"]  # type: ignore[assignment]
 
     def model_inputs(self, batch: Mapping[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """The columns of a batch that the model is given; it learns from blocks' labels only where it is trained."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,11 @@ from transformers import (
     set_seed,
 )
 
+from hf_models.connection_transformer import ConnectionTransformerConfig
+
 from .adaptive_reasoning_trainer import LOSS_PARTS, AdaptiveReasoningTrainer, ReasoningTrainingArguments
 from .arguments import EvaluationArguments, Kind, Recipe, one_line, user_errors_from_validation
+from .connection_analysis import write_connection_analysis
 from .errors import UserError
 from .evaluation import (
     accuracy_metric,
@@ -30,6 +34,7 @@ from .evaluation import (
 )
 from .pretrained import embeddings_from
 from .run import Evaluation, TrainingRun, say
+from .stability import ExplodingLoss
 from .tasks import Example, Task, TaskArguments, get_task
 
 
@@ -177,8 +182,8 @@ class SequenceToSequenceRun(TrainingRun):
         best = (training.metric_for_best_model or "loss").removeprefix("eval_")
         if best not in ("loss", self.task.metric):
             raise UserError(
-                f"training.metric_for_best_model is {best}, but {self.task.name} measures {self.task.metric}; name that, "
-                "or loss"
+                f"training.metric_for_best_model is {best}, but {self.task.name} measures {self.task.metric}; "
+                "name that, or loss"
             )
         self.splits = {"train": self.task.rows("train"), "validation": self.task.rows("validation")}
         # Read and encoded now so that a bad row stops the run before training; nothing uses it before the end.
@@ -224,6 +229,8 @@ class SequenceToSequenceRun(TrainingRun):
                 generation_kwargs=self._generation_kwargs(),
             )
 
+        self.trainer.add_callback(ExplodingLoss())
+
     def _generation_kwargs(self) -> dict[str, Any]:
         kwargs = {"num_beams": self.recipe.evaluation.num_beams, "do_sample": False}
         if self.recipe.evaluation.max_reasoning_steps is not None:
@@ -250,6 +257,16 @@ class SequenceToSequenceRun(TrainingRun):
         records, test = self.predict("test")
         example = self.splits["validation"][0]
         return Evaluation(validation, test, records, {"prompt": example.prompt, "target": example.target})
+
+    def write_reports(self, folder: Path, metrics: dict[str, Any]) -> None:
+        if isinstance(self.model.config, ConnectionTransformerConfig):
+            write_connection_analysis(
+                self.model,
+                self.data["test"].features,
+                self.tokenizer,
+                folder / "internals",
+                max_reasoning_steps=self.max_steps,
+            )
 
     @staticmethod
     def results_table(metrics: dict[str, Any]) -> str:

@@ -40,7 +40,8 @@ class ExplodingLoss(TrainerCallback):
         loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
         if self.first is None and math.isfinite(loss):
             self.first = loss
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        # In float16 an infinite gradient is how loss scaling finds its scale; that update is skipped.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or args.fp16)
         if finite and self.first is not None and loss <= self.factor * max(self.first, 1.0):
             self.last = (state.global_step, loss)
             return

@@ -307,6 +307,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         if head is None and not self.is_encoder_decoder:
             return count
         if head in (None, "ConditionalGeneration"):
+            assert self.intermediate_size is not None  # filled in
             inner = self.intermediate_size
             layer = 8 * width**2 + 2 * width * inner + 15 * width + inner
             count += self.max_position_embeddings * width + self.num_decoder_layers * layer + 2 * width
@@ -315,7 +316,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         if head == "MaskedLM":
             return count + 3 * width**2 + (0 if self.tie_word_embeddings else self.vocab_size * width)
         if head == "SequenceClassification":
-            return count + (width + 1) * self.num_labels
+            return count + (width + 1) * len(self.id2label or ())
         if head == "MultipleChoice":
             return count + width
         raise ValueError(

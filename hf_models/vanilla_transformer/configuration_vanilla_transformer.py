@@ -3,7 +3,7 @@
 import difflib
 import math
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -238,6 +238,7 @@ class VanillaTransformerConfig(PreTrainedConfig):
     def _parameters_by_inner_unit(self, head: str | None) -> tuple[int, int]:
         """Parameters for each unit of `intermediate_size`, and all others."""
         width, decodes = self.hidden_size, head in (None, "ConditionalGeneration") and self.is_encoder_decoder
+        assert self.num_decoder_layers is not None  # filled in
         layers, decoder_layers = self.num_hidden_layers, self.num_decoder_layers if decodes else 0
         stacks = 2 if decodes else 1
         rest = self.vocab_size * width * (3 if decodes and not self.tie_word_embeddings else 1)
@@ -247,7 +248,7 @@ class VanillaTransformerConfig(PreTrainedConfig):
         if self.final_layer_norm:
             rest += stacks * 2 * width
         if head == "SequenceClassification":
-            rest += (width + 1) * self.num_labels
+            rest += (width + 1) * len(self.id2label or ())
         elif head == "MultipleChoice":
             rest += width
         elif head not in (None, "ConditionalGeneration"):
@@ -290,8 +291,9 @@ class VanillaTransformerConfig(PreTrainedConfig):
             TypeError: the reference is neither a number nor a configuration that can count its parameters.
             ValueError: no sizes meet the number within the tolerance.
         """
-        if isinstance(reference, int) and not isinstance(reference, bool):
-            wanted, shared = reference, {}
+        shared: dict[str, Any] = {}
+        if isinstance(reference, int):
+            wanted = reference
         elif hasattr(reference, "num_trainable_parameters"):
             wanted = reference.num_trainable_parameters(head)
             shared = {name: getattr(reference, name) for name in SHARED_FIELDS if hasattr(reference, name)}
@@ -312,6 +314,7 @@ class VanillaTransformerConfig(PreTrainedConfig):
         head_size = own_width // settings.get("num_attention_heads", cls.num_attention_heads)
         unit = 64 if own_width > 64 else max(1, head_size)
 
+        layer_numbers = [fixed["num_hidden_layers"]] if "num_hidden_layers" in fixed else range(1, 25)
         # One configuration whose sizes change: what is counted needs no more, and building each takes long.
         trial = cls(**settings)
         best: tuple[float, dict] | None = None
@@ -321,15 +324,15 @@ class VanillaTransformerConfig(PreTrainedConfig):
                 heads = width // unit
             if width % heads != 0:
                 continue
-            fewest = None
-            for layers in [fixed["num_hidden_layers"]] if "num_hidden_layers" in fixed else range(1, 25):
+            for layers in layer_numbers:
                 sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
                 if settings.get("num_decoder_layers") is None:
                     sizes["num_decoder_layers"] = layers
                 for name, value in sizes.items():
                     setattr(trial, name, value)
                 per_unit, rest = trial._parameters_by_inner_unit(head)
-                fewest = rest if fewest is None else fewest
+                if layers == layer_numbers[0]:
+                    fewest = rest
                 exact = (wanted - rest) / per_unit
                 # Multiples of 8 where they are fine enough.
                 choices = [8 * round(exact / 8), round(exact)]

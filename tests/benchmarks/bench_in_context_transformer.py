@@ -5,7 +5,7 @@ Speed of the low-rank In-context Transformer and of its generator against plain 
 
 `step`: forward and backward pass against the library's GPT-2 blocks with the same weights, all tokens and boolean masks
 under sdpa. `memory`: the same passes, peak memory above the model against those blocks with eager attention (Linux).
-`generator`: balanced prompts against a loop over samples with networkx graphs.
+`generator`: prompts, with labels balanced or of pairs drawn freely, against a loop over samples with networkx graphs.
 
 All forms of a comparison run in one process on one thread, in turn (memory: in a process each); times are CPU seconds,
 ratios those of the medians.
@@ -153,8 +153,10 @@ def measure_memory(form: str) -> None:
     print(json.dumps({"peak": resident("VmHWM") - before}))
 
 
-def loop_over_samples(names: torch.Tensor, count: int, num_tables: int, num_columns: int, rho: float) -> list[dict]:
-    """Balanced prompts one by one: draw and overwrite in order, then ask a graph for components and path lengths."""
+def loop_over_samples(
+    names: torch.Tensor, count: int, num_tables: int, num_columns: int, rho: float, balanced: bool
+) -> list[dict]:
+    """Prompts one by one: draw and overwrite in order, then ask a graph for components and path lengths."""
     draw, prompts = random.Random(0), []
     num_ids = num_tables * num_columns
     while len(prompts) < count:
@@ -168,15 +170,17 @@ def loop_over_samples(names: torch.Tensor, count: int, num_tables: int, num_colu
         graph = nx.Graph()
         for table, held in enumerate(columns):
             graph.add_edges_from((("table", table), ("column", column)) for column in held)
-        component = {node: number for number, part in enumerate(nx.connected_components(graph)) for node in part}
-        pairs = {True: [], False: []}
-        for first in range(num_tables):
-            for second in range(first + 1, num_tables):
-                pairs[component["table", first] == component["table", second]].append((first, second))
-        if not (pairs[True] and pairs[False]):
-            continue
-        label = draw.random() < 0.5
-        first, second = draw.choice(pairs[label])
+        if balanced:
+            component = {node: number for number, part in enumerate(nx.connected_components(graph)) for node in part}
+            pairs = {True: [], False: []}
+            for first in range(num_tables):
+                for second in range(first + 1, num_tables):
+                    pairs[component["table", first] == component["table", second]].append((first, second))
+            if not (pairs[True] and pairs[False]):
+                continue
+            first, second = draw.choice(pairs[draw.random() < 0.5])
+        else:
+            first, second = draw.sample(range(num_tables), 2)
         query = draw.choice(columns[first]), draw.choice(columns[second])
         reached = nx.single_source_shortest_path_length(graph, ("column", query[0]))
         tables = draw.sample(range(num_tables), num_tables)
@@ -184,7 +188,7 @@ def loop_over_samples(names: torch.Tensor, count: int, num_tables: int, num_colu
         prompts.append(
             {
                 "input_values": names[[*tokens, len(names) - 1, *query]],
-                "labels": 1 if label else -1,
+                "labels": 1 if ("column", query[1]) in reached else -1,
                 "block_targets": [1 if ("table", table) in reached else -1 for table in range(num_tables)],
                 "path_length": reached.get(("column", query[1]), -2) // 2,
             }
@@ -193,8 +197,8 @@ def loop_over_samples(names: torch.Tensor, count: int, num_tables: int, num_colu
 
 
 def measure_generator(rounds: int, count: int = 1024) -> None:
-    for num_tables, num_columns, rho in ((20, 3, 0.5), (20, 3, 0.1), (8, 2, 0.2)):
-        shape = {"num_tables": num_tables, "num_columns": num_columns, "rho": rho}
+    for num_tables, num_columns, rho, balanced in ((20, 3, 0.5, False), (20, 3, 0.1, True), (8, 2, 0.2, True)):
+        shape = {"num_tables": num_tables, "num_columns": num_columns, "rho": rho, "balanced": balanced}
         task = TableConnectivity(shape | {"n_dims": N_DIMS, "names": "random"})
         seconds = interleaved(
             {
@@ -205,8 +209,9 @@ def measure_generator(rounds: int, count: int = 1024) -> None:
         )
         rates = {"loop": count // 4 / seconds["loop"], "vectorised": count / seconds["vectorised"]}
         print(
-            f"generator, V={num_tables}, C={num_columns}, rho={rho}: loop {rates['loop']:,.0f} prompts per second, "
-            f"vectorised {rates['vectorised']:,.0f}, {rates['vectorised'] / rates['loop']:.1f}x"
+            f"generator, V={num_tables}, C={num_columns}, rho={rho}, {'balanced' if balanced else 'free pairs'}: loop "
+            f"{rates['loop']:,.0f} prompts per second, vectorised {rates['vectorised']:,.0f}, "
+            f"{rates['vectorised'] / rates['loop']:.1f}x"
         )
 
 

@@ -224,6 +224,8 @@ def test_the_snippet_asks_what_the_task_asked(finished, monkeypatch, capsys):
 def test_kill_and_resume_is_the_same_run(name, tmp_path):
     """Dropout, a curriculum and accumulation in between: every weight, prediction and logged loss is the same."""
     recipe = edited(RECIPES[name], training__logging_steps=4)
+    if name == "functions":
+        recipe["evaluation"] = {"slow_baseline_prompts": 0, "prompts": ["random_quadrant"], "prompts_of_each_kind": 4}
     straight = run(tmp_path, recipe, folder="straight")
     path, folder = write(tmp_path, recipe), tmp_path / "broken"
     command = [sys.executable, "-m", "trainers.train", path, "--output_dir", str(folder)]
@@ -541,7 +543,14 @@ def test_a_run_that_learns_paths(tmp_path):
     paths = metrics_of(run(tmp_path, recipe))["test"]["paths"]
     assert paths["n"] == sum(entry["n"] for entry in paths["by_length"]) > 0
     with pytest.raises(UserError, match="the labels of blocks tell the path"):
-        main([write(tmp_path, edited(recipe, training__dense_labels=False)), "--output_dir", "unused", "--debug"])
+        main(
+            [
+                write(tmp_path, edited(recipe, training__dense_labels=False)),
+                "--output_dir",
+                str(tmp_path / "b"),
+                "--debug",
+            ]
+        )
 
 
 # Pictures

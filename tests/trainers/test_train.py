@@ -58,6 +58,7 @@ FILES = {
     "config.json",
     "configuration_connection_transformer.py",
     "generation_config.json",
+    "internals",
     "metrics.json",
     "model.safetensors",
     "modeling_connection_transformer.py",
@@ -427,7 +428,8 @@ def test_tracking_leaves_reports_and_the_same_weights(run, tmp_path):
     assert report["schema_version"] == 1
     assert (target / "internals" / "index.html").stat().st_size > 10_000
     assert "internals/index.html" in (target / "README.md").read_text()
-    assert not (out / "internals").exists()
+    assert not (out / "internals" / "index.html").exists()
+    assert "internals/connections.png" in (out / "README.md").read_text()
 
 
 def test_unknown_module_to_track(run, tmp_path, capsys):

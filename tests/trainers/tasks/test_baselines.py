@@ -59,10 +59,10 @@ def test_network_descent_equals_training_one_network():
 
 
 def test_network_descent_learns():
-    task = make("relu_2nn_regression", n_points=30)
-    prompts = make_prompts(task, "test", range(20))
-    error = (network_descent(prompts.points, prompts.values, steps=300) - prompts.targets).square().mean(dim=0)
-    assert error[-1] < 0.5 * prompts.targets.square().mean()
+    task = make(n_points=16)
+    prompts = make_prompts(task, "test", range(12))
+    found = network_descent(prompts.points, prompts.values, hidden_size=30, steps=200)
+    assert (found - prompts.targets)[:, -4:].square().mean() < 0.3 * prompts.targets.square().mean()
 
 
 def test_missing_packages_are_known(monkeypatch):

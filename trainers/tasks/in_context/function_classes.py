@@ -141,7 +141,7 @@ class FunctionClass(InContextTask):
         right, shown = self.observe(self.values(points, streams), streams)
         return self.options.scale * right, self.options.scale * shown
 
-    def batch(
+    def batch(  # type: ignore[override]  # the variables by name
         self, split: str, indices: Sequence[int], n_points: int | None = None, n_dims: int | None = None
     ) -> dict[str, torch.Tensor]:
         """The prompts with these indices.
