@@ -1,5 +1,6 @@
 """The README's commands and its snippet are run, the quick start with fewer steps than its recipe."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -77,3 +78,29 @@ def test_test_command():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_trained_model_is_traced_and_evaluated(quickstart):
+    """The commands that look inside the quick start's model and measure it run as written."""
+    folder, _ = quickstart
+    commands = [
+        shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "outputs/quickstart" in line
+    ]
+    trace, evaluate = ([c for c in commands if f"trainers.{name}" in c] for name in ("trace", "evaluate"))
+    printed = run([sys.executable, *trace[0][1:]], cwd=folder)
+    assert "halted" in printed or "steps" in printed
+    printed = run([sys.executable, *evaluate[0][1:], "--limit", "20"], cwd=folder)
+    assert "accuracy" in printed
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash") for line in block.splitlines() if "-m trainers." in line]
+)
+def test_commands_name_what_exists(line):
+    """Every command's module exists, and so does every recipe it names."""
+    words = shlex.split(line, comments=True)
+    module = words[words.index("-m") + 1]
+    assert importlib.util.find_spec(module), module
+    for word in words:
+        if word.startswith("recipes/"):
+            assert (ROOT / word).is_file(), word
