@@ -49,7 +49,8 @@ class Mixture(Task):
     Train. Of `num_train` examples each component gives the share `weight / sum of weights`, by largest remainders. Its
     examples are taken in a seeded order, each once before any is taken again (then with `#2` behind its id), and all
     are shuffled together. Validation and test are the components' own, one after the other. A train example whose
-    question occurs in validation or test of another component is dropped and counted as leaked.
+    question occurs in validation or test of another component is dropped and counted as leaked, and so is a validation
+    example whose question occurs in a test.
 
     Scores are by the rule of the example's component, and reports give one for each component beside the whole. The
     metric is the components' own if they share it, else "mean_score", the mean of unlike metrics over examples: look
@@ -88,7 +89,7 @@ class Mixture(Task):
             max_target_length=self.arguments.max_target_length or max(task.target_limit for task in tasks),
         )
         self._rows: dict[str, list[Example]] = {}
-        self._leaked = 0
+        self._leaked = dict.fromkeys(SPLITS, 0)
 
     def _add(self, place: str, values: Any, build: Callable[[TaskArguments], Task]) -> None:
         if not isinstance(values, dict) or "name" not in values:
@@ -136,25 +137,28 @@ class Mixture(Task):
         reports = [task.report(split) for task in self.components.values()]
         return SplitReport(
             examples=examples,
-            leaked=sum(report.leaked for report in reports) + (self._leaked if split == "train" else 0),
+            leaked=sum(report.leaked for report in reports) + self._leaked[split],
             repeated=examples - len({self._key(example) for example in self.rows(split)}),
             near_leaked=sum(report.near_leaked for report in reports),
             without_teacher=sum(report.without_teacher for report in reports),
         )
 
     def _all(self, split: str) -> list[Example]:
-        return [self._named(label, e) for label, task in self.components.items() for e in task.rows(split)]
+        """The components' examples, one after the other, without what a later split of any of them holds."""
+        found = [self._named(label, e) for label, task in self.components.items() for e in task.rows(split)]
+        later = {self._key(e) for after in SPLITS[SPLITS.index(split) + 1 :] for e in self._all(after)}
+        kept = [example for example in found if self._key(example) not in later]
+        self._leaked[split] = len(found) - len(kept)
+        return kept
 
     def _mixed(self) -> list[Example]:
-        later = {self._key(example) for split in SPLITS[1:] for example in self._all(split)}
-        pools: dict[str, list[Example]] = {}
-        for label, task in self.components.items():
-            named = [self._named(label, example) for example in task.rows("train")]
-            pools[label] = [example for example in named if self._key(example) not in later]
-            self._leaked += len(named) - len(pools[label])
-            if not pools[label]:
+        pools: dict[str, list[Example]] = {label: [] for label in self.components}
+        for example in self._all("train"):
+            pools[self.component(example)].append(example)
+        for label, pool in pools.items():
+            if not pool:
                 raise UserError(f"mixture: every train question of {label} occurs in a later split; nothing is left")
-            pools[label].sort(key=lambda example: self._shuffled(example.id))
+            pool.sort(key=lambda example: self._shuffled(example.id))
         total = self.options.num_train or sum(map(len, pools.values()))
         mixed = []
         for label, count in largest_remainders(self.weights, total).items():

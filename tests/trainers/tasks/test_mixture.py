@@ -73,15 +73,22 @@ def test_an_example_is_treated_as_in_its_component():
     assert predictor.predict(long["strategyqa"]) in ("Yes", "No")
 
 
-def test_what_one_component_is_tested_on_another_does_not_train_on(tmp_path):
+def test_what_one_component_is_tested_on_another_neither_trains_nor_chooses_on(tmp_path):
     test = [e.prompt for e in make_task("strategyqa").rows("test")]
-    for split, questions in (("train", [*test[:3], "Is it so?", "Or not?"]), ("test", ["Unrelated?"])):
+    splits = {
+        "train": [*test[:3], "Is it so?", "Or not?"],
+        "validation": [test[3], "Is that so?"],
+        "test": ["Unrelated?"],
+    }
+    for split, questions in splits.items():
         rows = [{"question": question, "answer": True} for question in questions]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = {"name": "strategyqa", "label": "other", "data_dir": str(tmp_path), "validation_fraction": 0.2}
+    other = {"name": "strategyqa", "label": "other", "data_dir": str(tmp_path)}
     task = mixture(LOCAL["strategyqa"], other)
-    assert not {e.prompt for e in task.rows("train")} & set(test)
-    assert task.report("train").leaked == 3 - sum(e.prompt in test for e in task.components["other"].rows("validation"))
+    for split, leaked in (("train", 3), ("validation", 1)):
+        assert not {e.prompt for e in task.rows(split)} & set(test)
+        assert task.report(split).leaked == leaked
+    assert len(task.rows("test")) == len(test) + 1
 
 
 @pytest.mark.parametrize(
