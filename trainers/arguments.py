@@ -24,7 +24,6 @@ import importlib
 import inspect
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -40,7 +39,8 @@ from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 import hf_models  # noqa: F401  (registers the architectures)
 
-from .errors import UserError, did_you_mean
+from .command import CommandParser
+from .errors import UserError, did_you_mean, field_of, one_line
 from .tracking.arguments import TrackingArguments
 
 if TYPE_CHECKING:
@@ -297,22 +297,6 @@ class user_errors_from_validation:
         return False
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an exception without line breaks and the validator's boilerplate, its field's name in front."""
-    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-    message = " ".join(str(cause).split()) or type(cause).__name__
-    name = field_of(error)
-    return message if name is None else f"{name}: {message}"
-
-
-def field_of(error: BaseException) -> str | None:
-    """The field that a strict dataclass or configuration complains about, or `None` if it is about several."""
-    found = (
-        re.match("Validation error for field '(.+?)'", str(error)) if isinstance(error, StrictDataclassError) else None
-    )
-    return found[1] if found else None
-
-
 class RecipeLoader(yaml.SafeLoader):
     """YAML's safe loader, except that a key given twice is an error: the first value would be lost without a word."""
 
@@ -371,7 +355,7 @@ def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not parent_path.resolve().is_relative_to(_recipe_root(path)):
         raise UserError(f"{path}: inherit: {parent_name!r} leaves the recipes' folder, {_recipe_root(path).name}/")
     parent = _load_yaml(parent_path, (*chain, path.resolve()))
-    return {section: _merge(parent.get(section, {}), values.get(section, {})) for section in {**parent, **values}}
+    return {section: merge(parent.get(section, {}), values.get(section, {})) for section in {**parent, **values}}
 
 
 def _recipe_root(path: Path) -> Path:
@@ -380,11 +364,12 @@ def _recipe_root(path: Path) -> Path:
     return next((above for above in reversed([folder, *folder.parents]) if above.name == "recipes"), folder)
 
 
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`; mappings in mappings are merged the same way."""
     merged = dict(base)
-    for key, value in override.items():
-        both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_maps else value
+    for name, value in over.items():
+        inner = merged.get(name)
+        merged[name] = merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -440,13 +425,6 @@ def _help_of(section: str, name: str, kind: Kind) -> str:
     found = next(option for option in dataclasses.fields(_arguments_of(section, kind)) if option.name == name)
     text = " ".join(str(found.metadata.get("help", "")).split())
     return text if section != "training" else text.replace("%", "%%").replace("%%%%", "%%")
-
-
-class _Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are `UserError`s, so that every command reports them alike."""
-
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def _show_type(expected: Any) -> str:
@@ -520,7 +498,7 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
         UserError: for an unreadable recipe, an unknown or ambiguous field, or a value that breaks a rule.
         SystemExit: with code 0 for `--help`.
     """
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = CommandParser(add_help=False)
     first.add_argument("recipe", nargs="?")
     first.add_argument("--model_type", "--model.model_type", dest="model_type")
     known, _ = first.parse_known_args(argv)
@@ -538,9 +516,8 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
         for name in names:
             owners.setdefault(name, []).append(section)
 
-    parser = _Parser(
+    parser = CommandParser(
         prog=prog,
-        allow_abbrev=False,
         description="Train a model from a recipe, evaluate it by generation, and write its run folder and card.",
         epilog="Example: accelerate launch -m trainers.train recipes/quickstart.yaml --max_steps 50",
     )

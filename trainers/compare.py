@@ -13,7 +13,6 @@ Below the output folder: `comparison.json` (the numbers, the same bit for bit wh
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,10 @@ from typing import Any
 import yaml
 
 from model_cards.comparison import comparison_card
+from model_cards.words import duration
 
-from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, duration, interruptible, run_cells
+from .command import CommandParser, run_command
+from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
 from .comparison.cost import measure
 from .comparison.figures import all_charts
 from .comparison.matching import prepare
@@ -38,14 +39,9 @@ from .comparison.plan import (
 )
 from .comparison.results import Key, gather, timings
 from .comparison.tables import csv_text, latex_text
-from .coupling.figures import save_figure
 from .errors import UserError, did_you_mean
+from .figures import save_figure
 from .files import json_text, write_text
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,11 +50,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: for an unknown option or a value of the wrong type.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m trainers.compare",
         description="Train and compare several models on several tasks with several seeds.",
         epilog="Example: accelerate launch -m trainers.compare recipes/compare/small.yaml --data_dir path/to/data",
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, help="comparison recipe (YAML); see recipes/README.md")
     parser.add_argument(
@@ -232,19 +227,13 @@ def summary(content: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 1 if a run failed, 2 for a mistake the user can mend, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> int:
         options = parse(argv)
         with interruptible():
             return run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if "--debug" in argv:
-            raise
-        if int(os.environ.get("RANK") or 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return run_command(work, after_interrupt="the same command goes on where it stopped", debug="--debug" in argv)
 
 
 if __name__ == "__main__":

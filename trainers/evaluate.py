@@ -10,12 +10,12 @@ goes on when the same command is given again, to the same result. `--help` lists
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 import typing
@@ -35,12 +35,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
-from .arguments import check_value, one_line
-from .errors import UserError, did_you_mean
+from .arguments import check_value
+from .command import CommandParser, run_command
+from .errors import UserError, did_you_mean, one_line
 from .evaluation import decode_predictions, results_table, score_predictions, score_trivial, summarise
-from .files import json_text, write_text
+from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
 from .loading import load_model
-from .run import read_record, say
+from .run import empty_folder, read_record, say
 from .tasks import Example, Task, TaskArguments, get_task
 from .tasks.base import tokenize
 
@@ -111,13 +112,9 @@ class EvaluateArguments:
             raise ValueError(f"--confidence is {self.confidence}; it must lie between 0 and 1")
         if self.template is not None and self.template.count(PROMPT) != 1:
             raise ValueError(f"--template is {self.template!r}; it must hold {PROMPT} once")
-        if self.write_card and self.split != "test":
-            raise ValueError(f"--write_card is for results on the test split, and --split is {self.split}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
+        if self.write_card and (self.split != "test" or self.limit is not None):
+            given = f"--split is {self.split}" if self.split != "test" else f"--limit is {self.limit}"
+            raise ValueError(f"--write_card is for results on the whole test split, and {given}")
 
 
 def parse(argv: Sequence[str]) -> tuple[EvaluateArguments, dict[str, Any]]:
@@ -127,7 +124,7 @@ def parse(argv: Sequence[str]) -> tuple[EvaluateArguments, dict[str, Any]]:
         UserError: for an unknown option, or a value that breaks a rule.
         SystemExit: with code 0 for `--help`.
     """
-    parser = _Parser(prog="python -m trainers.evaluate", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m trainers.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("model", help=EvaluateArguments.__dataclass_fields__["model"].metadata["help"])
     sections: dict[str, type] = {"evaluation": EvaluateArguments, "task": TaskArguments}
     types = {}
@@ -386,6 +383,11 @@ def run(plan: Plan) -> dict[str, Any]:
     Raises:
         UserError: naming option, file or row; results that stand in the folder are not damaged.
     """
+    with contextlib.ExitStack() as claim:
+        return _run(plan, claim)
+
+
+def _run(plan: Plan, claim: contextlib.ExitStack) -> dict[str, Any]:
     arguments, task, folder = plan.arguments, plan.task, plan.output
     examples = list(task.rows(arguments.split))
     train = _train_rows(task)
@@ -406,7 +408,7 @@ def run(plan: Plan) -> dict[str, Any]:
     encoded = [generator.encode(example) for example in examples]
     truncated = sum(cut for _, cut in encoded)
     settings = _settings(plan, generator, examples)
-    if _prepare(folder, settings, arguments.overwrite):
+    if _prepare(folder, settings, arguments.overwrite, claim):
         say(f"{folder} is finished already; nothing to do")
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     say(f"model     {type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}")
@@ -440,8 +442,7 @@ def run(plan: Plan) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-    lines = (json.dumps(record, ensure_ascii=False) for record in records)
-    write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+    write_records(folder / "predictions.jsonl", records)
     write_text(folder / "metrics.json", json_text(metrics))
     (folder / PARTIAL).unlink()
     return metrics
@@ -495,15 +496,21 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Make the output folder, or check that it holds the same evaluation. Returns whether that is finished.
+def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool, claim: contextlib.ExitStack) -> bool:
+    """Make and claim the output folder, or check that it holds the same evaluation. Returns whether that is finished.
+
+    Args:
+        claim: no other evaluation enters the folder before it is closed.
 
     Raises:
-        UserError: if it holds anything else and `overwrite` is not set, or cannot be written.
+        UserError: if it holds anything else and `overwrite` is not set, if another process is at work in it, or it
+            cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = {entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{SETTINGS}.")}
+        claim.enter_context(only_user_of(folder))
+        ours = (LOCK_NAME, f".{SETTINGS}.")
+        held = {entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)}
         if held and SETTINGS not in held:
             raise UserError(f"--output: {folder} holds files that are no evaluation; choose another folder")
         if held and not overwrite:
@@ -516,8 +523,7 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
                         "another folder, or --overwrite"
                     )
             return "metrics.json" in held
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        empty_folder(folder, SETTINGS)
         write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--output: cannot use {folder}: {one_line(error)}") from error
@@ -602,7 +608,8 @@ def write_results_to_card(folder: Path, metrics: dict[str, Any], task: Task) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C."""
-    try:
+
+    def work() -> int:
         arguments, task_values = parse(list(sys.argv[1:] if argv is None else argv))
         plan = make_plan(arguments, task_values)
         metrics = run(plan)
@@ -614,15 +621,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_results_to_card(folder, metrics, plan.task)
             say(f"card      {folder / 'README.md'}")
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"error: --batch_size: too large for the device's memory: {one_line(error)}", file=sys.stderr)
-        return 2
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+
+    return run_command(work, after_interrupt="the same command goes on")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any, cast
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from model_cards.words import aligned
+
 from .statistics import mean_interval, proportion
 from .tasks import Example, Mixture, Task, TrivialPredictor
 
@@ -211,6 +213,5 @@ def results_table(summary: dict[str, Any], metric: str = "accuracy") -> str:
     trivial = summary["trivial"]
     if trivial is not None:
         rows.append(cells("trivial", summary["n"], trivial[metric], None))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, *([f"trivial = {trivial['name']}"] if trivial is not None else [])])
+    note = "" if trivial is None else f"\ntrivial = {trivial['name']}"
+    return aligned(rows) + note

@@ -18,17 +18,47 @@ CHECKSUMS_NAME = "checksums.json"
 LOCK_NAME = ".lock"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text aside, then rename: a reader sees the old file or the whole new one."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path aside to write to; renamed to `path` when the block ends well, deleted when it does not.
+
+    A reader sees the old file or the whole new one.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    aside = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield aside
         os.chmod(aside, 0o644)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
         os.replace(aside, path)
     except BaseException:
-        os.unlink(aside)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text aside, then rename; see [`replacing`]."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="")
+
+
+def write_records(path: Path, records: Iterable[Any]) -> None:
+    """Write JSON lines, one for each record, as [`json_text`] treats numbers that are not finite."""
+    lines = (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) for record in records)
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records of a file of JSON lines.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if a line is no JSON, or the file no UTF-8.
+    """
+    # Not splitlines: a string in JSON may hold a line separator that str.splitlines would break at.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_checksums(folder: Path, files: Iterable[Path]) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,12 +29,16 @@ from transformers.trainer_callback import ExportableState
 from model_cards.card import write_card
 
 from . import __version__
-from .arguments import DISPLAY_FIELDS, Recipe, one_line, precision_of, user_errors_from_validation
+from .arguments import DISPLAY_FIELDS, Recipe, precision_of, user_errors_from_validation
 from .distributed import on_main_process
-from .errors import UserError
-from .files import LOCK_NAME, json_text, only_user_of, write_text
+from .errors import UserError, one_line
+from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
 from .run_trainer import RunTrainer, last_complete_checkpoint
 from .tracking import make_tracker, write_internals
+
+# Fields that may name a place on this machine: of the task, and with their sections of models and tokenizers.
+DATA_FIELDS = ("data_dir", "teacher_answers")
+MODEL_FIELDS = (("model", "pretrained"), ("model", "embeddings_from"), ("tokenizer", "name_or_path"))
 
 
 @dataclass(frozen=True)
@@ -171,9 +175,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def empty_folder(folder: Path) -> None:
-    """Delete what a run folder holds; its `recipe.yaml` goes last, so that until then it is still known as a run."""
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+def empty_folder(folder: Path, last: str = "recipe.yaml") -> None:
+    """Delete what a folder holds; the file by which it is known as ours goes last. The lock of a process stays."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == last):
         if entry.name == LOCK_NAME:
             continue
         if entry.is_dir() and not entry.is_symlink():
@@ -188,14 +192,24 @@ def check_same_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
     Raises:
         UserError: naming the first field that differs, with both values.
     """
-    for section, now in recipe.as_dict().items():
-        then = record.get(section) or {}
-        # The folder that held the data may have moved; the fingerprint of the data is compared instead.
-        for name in sorted({*now, *then} - {*DISPLAY_FIELDS, "data_dir", "teacher_answers"}):
-            if now.get(name) != then.get(name):
-                raise UserError(
-                    f"--resume: {section}.{name} is {now.get(name)!r} but the run was started with {then.get(name)!r}"
-                )
+    now = _without_places(recipe.as_dict())
+    difference = first_difference(now, {section: record.get(section) for section in now})
+    if difference is not None:
+        field, ours, theirs = difference
+        raise UserError(f"--resume: {field} is {ours!r} but the run was started with {theirs!r}")
+
+
+def first_difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which two recipes differ in anything that shapes the result, with both values.
+
+    Where the data are and how a run is shown do not count: the fingerprint of the data is compared instead.
+    """
+    for section in {**now, **then}:
+        ours, theirs = now.get(section) or {}, then.get(section) or {}
+        for name in sorted({*ours, *theirs} - {*DISPLAY_FIELDS, *DATA_FIELDS}):
+            if ours.get(name) != theirs.get(name):
+                return f"{section}.{name}", ours.get(name), theirs.get(name)
+    return None
 
 
 def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) -> None:
@@ -210,11 +224,28 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
         "transformers": transformers.__version__,
         "git_revision": git_revision(),
     }
-    content = recipe.as_dict() | {"provenance": provenance}
-    for name in ("data_dir", "teacher_answers"):
-        if content["task"].get(name) is not None:
-            content["task"][name] = _without_folders(content["task"][name])
+    content = _without_places(recipe.as_dict()) | {"provenance": provenance}
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _without_places(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe's sections with no more than the last part of every absolute path in them."""
+
+    def data(value: Any) -> Any:
+        # The components of a mixture are task sections too.
+        if isinstance(value, dict):
+            return {
+                name: _without_folders(content) if name in DATA_FIELDS and isinstance(content, str) else data(content)
+                for name, content in value.items()
+            }
+        return [data(content) for content in value] if isinstance(value, list) else value
+
+    stripped = {section: data(content or {}) for section, content in sections.items()}
+    for section, name in MODEL_FIELDS:
+        place = stripped.get(section, {}).get(name)
+        if place is not None and os.path.isabs(place):
+            stripped[section][name] = f"./{Path(place).name}"  # never taken for a name on the Hub
+    return stripped
 
 
 def _without_folders(word: str) -> str:
@@ -421,8 +452,7 @@ class TrainingRun(ABC):
         if self.trainer.is_world_process_zero():
             # A pickle that only `Trainer` itself reads, and only from checkpoints.
             (folder / "training_args.bin").unlink(missing_ok=True)
-            lines = (json.dumps(record, ensure_ascii=False) for record in evaluation.records)
-            write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+            write_records(folder / "predictions.jsonl", evaluation.records)
             self.write_reports(folder, metrics)
             write_text(folder / "metrics.json", json_text(metrics))
             write_card(folder)

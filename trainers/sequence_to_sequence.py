@@ -21,9 +21,9 @@ from transformers import (
 from hf_models.connection_transformer import ConnectionTransformerConfig
 
 from .adaptive_reasoning_trainer import LOSS_PARTS, AdaptiveReasoningTrainer, ReasoningTrainingArguments
-from .arguments import EvaluationArguments, Kind, Recipe, one_line, user_errors_from_validation
+from .arguments import EvaluationArguments, Kind, Recipe, user_errors_from_validation
 from .connection_analysis import write_connection_analysis
-from .errors import UserError
+from .errors import UserError, one_line
 from .evaluation import (
     accuracy_metric,
     decode_predictions,

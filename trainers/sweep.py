@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,15 +28,17 @@ import yaml
 from huggingface_hub.dataclasses import strict
 
 from model_cards.markdown import code, table, text
+from model_cards.run_folder import is_error
+from model_cards.words import duration
 
-from .arguments import load_yaml, one_line
-from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, duration, interruptible, run_cells
-from .comparison.figures import COLOURS, MARKERS
+from .arguments import load_yaml, merge
+from .command import CommandParser, run_command
+from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
 from .comparison.matching import check_recipe, text_task
-from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, merge, read_yaml
-from .comparison.results import LOWER_IS_BETTER, RunResult, read_run, summary_of, timings
-from .coupling.figures import save_figure
-from .errors import UserError, did_you_mean
+from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, read_yaml
+from .comparison.results import RunResult, read_run, summary_of, timings
+from .errors import UserError, did_you_mean, one_line
+from .figures import COLOURS, MARKERS, new_figure, save_figure
 from .files import json_text, write_text
 
 if TYPE_CHECKING:
@@ -76,22 +77,16 @@ class Point:
         return re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(parts))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line.
 
     Raises:
         UserError: for an unknown option or a value of the wrong type.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m trainers.sweep",
         description="Train a recipe over a grid of settings; one table and one plot.",
         epilog="Example: accelerate launch -m trainers.sweep recipes/quickstart.yaml --over model.num_slots=16,32",
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", type=Path, help="training recipe, or sweep recipe with `recipe` and `over` (YAML)")
     parser.add_argument(
@@ -242,8 +237,7 @@ def gather(
         reasons = sorted({str(entry["reason"]) for entry in failed})
         raise UserError(f"{folder.path}: no run is finished{': ' if reasons else ''}{'; '.join(reasons)}")
     known = [row for row in rows if row["validation"] is not None]
-    worse = rows[0]["metric"] in LOWER_IS_BETTER
-    best = (min if worse else max)(known, key=lambda row: row["validation"]) if known else None
+    best = (min if is_error(rows[0]["metric"]) else max)(known, key=lambda row: row["validation"]) if known else None
     for row in rows:
         row["chosen"] = row is best
     task = next(iter(everything.values())).metrics["task"]
@@ -301,8 +295,7 @@ def markdown(content: Mapping[str, Any], clock: Mapping[str, Any]) -> str:
         rows.append(
             [
                 *(code(row["point"][name]) for name in names),
-                ("" if row["validation"] is None else f"{row['validation']:.3f}")
-                + (" (best)" if row["chosen"] else ""),
+                _validation(row),
                 f"{row['score']['value']:.3f} [{low:.3f}, {high:.3f}]",
                 str(len(row["seeds"])),
                 f"{row['parameters']['trainable']:,}",
@@ -329,14 +322,12 @@ def markdown(content: Mapping[str, Any], clock: Mapping[str, Any]) -> str:
 
 def chart(content: Mapping[str, Any]) -> "Figure":
     """Test score over the first axis: a line for each value of the second, a panel for each value of the others."""
-    from matplotlib.figure import Figure
-
     first, *others = content["axes"]
     lines, panels = others[:1], others[1:]
     combinations = list(itertools.product(*(content["axes"][name] for name in panels)))
     columns = min(3, len(combinations))
     rows = math.ceil(len(combinations) / columns)
-    figure = Figure(figsize=(4.2 * columns + 0.6, 3.2 * rows + 0.8), layout="constrained")
+    figure = new_figure(4.2 * columns + 0.6, 3.2 * rows + 0.8)
     grid_of_axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     positions = content["axes"][first]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in positions)
@@ -445,19 +436,13 @@ def run(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 1 if a run failed, 2 for a mistake the user can mend, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> int:
         options = parse(argv)
         with interruptible():
             return run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if "--debug" in argv:
-            raise
-        if int(os.environ.get("RANK") or 0) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return run_command(work, after_interrupt="the same command goes on where it stopped", debug="--debug" in argv)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from hf_models.vanilla_transformer import VanillaTransformerConfig
 
-from .arguments import one_line
-from .errors import UserError, did_you_mean
+from .command import CommandParser, run_command
+from .errors import UserError, did_you_mean, one_line
 from .files import json_text
 from .loading import load_model
 from .tracing import STAGES, ModelInputs, Record, Walk, prepare, recorded
@@ -41,18 +41,12 @@ EXAMPLE: dict[str, Any] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m trainers.trace",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", nargs="?", help="run folder, model folder, .gguf file or Hub id")
     parser.add_argument(
@@ -444,17 +438,17 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend."""
-    try:
+    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C."""
+
+    def work() -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
         if options.compare:
             run_compare(options)
         else:
             run_trace(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 import torch
 from accelerate import PartialState
 
-from .arguments import Recipe, one_line, parse_recipe
+from .arguments import Recipe, parse_recipe
+from .command import explain
 from .distributed import on_every_process, on_main_process
 from .errors import UserError
 from .run import prepare_output_dir, say
+
+BATCH_OPTION = "training.per_device_train_batch_size"
 
 
 def run(recipe: Recipe, argv: Sequence[str]) -> None:
@@ -57,20 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         if speaks or not isinstance(error, UserError):
-            print(f"error: {explain(error)}", file=sys.stderr)
+            print(f"error: {explain(error, BATCH_OPTION)}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def explain(error: BaseException) -> str:
-    """One line about what ended a run: a mistake in what it was given, a file, or the device's memory."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"training.per_device_train_batch_size: too large for the device's memory: {one_line(error)}"
-    return one_line(error)
 
 
 if __name__ == "__main__":

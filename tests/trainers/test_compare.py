@@ -31,7 +31,7 @@ from tests.trainers.comparisons import (
     write_run,
 )
 from trainers import compare
-from trainers.comparison.cells import Cell, CellFolder, Estimate, Outcome, Worker, duration, run_cell, run_cells
+from trainers.comparison.cells import Cell, CellFolder, Estimate, Outcome, Worker, run_cell, run_cells
 from trainers.comparison.cost import forward_flops
 from trainers.comparison.figures import all_charts
 from trainers.comparison.matching import matched_fields, trainable_parameters
@@ -272,7 +272,6 @@ def test_remaining_time_goes_by_group():
     estimate.add(fast, 20)
     assert estimate.remaining([slow2]) == 50
     assert estimate.remaining([slow2, unknown]) == (100 + 60) / 2
-    assert [duration(seconds) for seconds in (9, 95, 3720)] == ["9 s", "1 min 35 s", "1 h 2 min"]
 
 
 def made(tmp_path: Path, better: float, seeds: int = 5, examples: int = 200, metric: str = "accuracy", **changes):

@@ -232,7 +232,11 @@ def test_prompts_longer_than_the_model_reads_lose_their_beginning(models, tmp_pa
         (["t5", *TASK, "--split", "dev"], "--split: 'dev' is not one of train, validation, test"),
         (["t5", *TASK, "--options", "{target: answer}"], "task.options: unknown option 'target'"),
         (["t5", *TASK, "--write_card"], "holds no README.md"),
-        (["run", *TASK, "--write_card", "--split", "validation"], "--write_card is for results on the test split"),
+        (
+            ["run", *TASK, "--write_card", "--split", "validation"],
+            "--write_card is for results on the whole test split",
+        ),
+        (["run", *TASK, "--write_card", "--limit", "3"], "on the whole test split, and --limit is 3"),
         (["t5", "--task", "gsm8k", "--data_dir", str(DATA / "arc")], "the test split of gsm8k needs test.jsonl"),
         (["nowhere", *TASK], "cannot load"),
     ],

@@ -424,12 +424,16 @@ def test_models_that_read_numbers(tmp_path):
     np.savez(tmp_path / "other.npz", values=points)
     np.savez(tmp_path / "half.npz", context_values=points.sum(-1))
     (tmp_path / "no.npz").write_text("nothing")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:100])
+    (tmp_path / "empty.npz").touch()
     for text, message in {
         "a cat": "reads input_values; give random",
         str(tmp_path / "other.npz"): "array 'values' is unknown; InContextTransformerModel takes input_values",
         str(tmp_path / "half.npz"): "array 'input_values' is missing",
         str(tmp_path / "no.npz"): "cannot read",
         str(tmp_path / "none.npz"): "cannot read",
+        str(tmp_path / "cut.npz"): "cannot read",
+        str(tmp_path / "empty.npz"): "cannot read",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             prepare(dense, None, text)

@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from trainers.files import json_text
-from trainers.run import TrainingRun
+from trainers.arguments import parse_recipe
+from trainers.errors import UserError
+from trainers.run import TrainingRun, check_same_recipe, record_recipe
 from trainers.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,6 +375,35 @@ def test_recorded_recipe_is_a_recipe(run, tmp_path):
     assert "'--output_dir=a folder'" in yaml.safe_load(recorded)["provenance"]["command"]
 
 
+def test_places_of_models_and_data_are_not_recorded(tmp_path):
+    """Of a folder on this machine only its name is kept, in a form that is no name on the Hub; so a moved one is the
+    same."""
+    components = [{"name": "strategyqa", "data_dir": f"{tmp_path}/strategyqa"}, {"name": "gsm8k"}]
+    sections = {
+        "model": {"model_type": "vanilla_transformer", "pretrained": f"{tmp_path}/weights"},
+        "task": {"name": "mixture", "options": {"components": components}},
+        "tokenizer": {"name_or_path": f"{tmp_path}/tokenizer"},
+        "training": {"output_dir": str(tmp_path), "use_cpu": True},
+    }
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(sections))
+    recipe = parse_recipe([str(tmp_path / "moved.yaml")], "train")
+    record_recipe(recipe, [f"--pretrained={tmp_path}/weights"], "fingerprint")
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert str(tmp_path) not in text
+    record = yaml.safe_load(text)
+    assert record["model"]["pretrained"] == "./weights"
+    assert record["tokenizer"]["name_or_path"] == "./tokenizer"
+    assert record["task"]["options"]["components"][0]["data_dir"] == "strategyqa"
+    check_same_recipe(recipe, record)
+    recipe.pretrained = "/elsewhere/weights"
+    check_same_recipe(recipe, record)
+    recipe.pretrained = "someone/weights"
+    with pytest.raises(
+        UserError, match=r"--resume: model\.pretrained is 'someone/weights' but the run"
+    ):
+        check_same_recipe(recipe, record)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -391,12 +421,6 @@ def test_what_ends_a_run_is_told_in_one_line(tmp_path, capsys, monkeypatch, erro
     shown = capsys.readouterr().err.strip()
     assert shown.startswith(message)
     assert "\n" not in shown
-
-
-def test_json_has_no_nan():
-    text = json_text({"loss": float("nan"), "history": [1.0, float("-inf")], "name": "é"})
-    assert json.loads(text) == {"loss": None, "history": [1.0, None], "name": "é"}
-    assert "é" in text
 
 
 def test_debug_shows_the_traceback(tmp_path):

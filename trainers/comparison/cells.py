@@ -26,10 +26,11 @@ from typing import Any
 import torch
 import yaml
 
-from ..arguments import DISPLAY_FIELDS
+from model_cards.words import duration
+
 from ..errors import UserError
 from ..files import json_text, write_text
-from ..run import finished
+from ..run import finished, first_difference
 
 # What a launcher tells its workers; a cell is one process and must not take itself for one of many.
 LAUNCHER_VARIABLES = (
@@ -170,19 +171,6 @@ class CellFolder:
             os.close(descriptor)
 
 
-def first_difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first field in which two recipes differ in anything that shapes the result, with both values.
-
-    The place of the data and how a run is shown do not count.
-    """
-    for section in sorted({*now, *then}):
-        ours, theirs = now.get(section) or {}, then.get(section) or {}
-        for name in sorted({*ours, *theirs} - {*DISPLAY_FIELDS, "data_dir"}):
-            if ours.get(name) != theirs.get(name):
-                return f"{section}.{name}", ours.get(name), theirs.get(name)
-    return None
-
-
 def check_recorded(folder: CellFolder, cells: Sequence[Cell], overwrite: bool) -> None:
     """Refuse to go on in a folder whose runs were made by another recipe.
 
@@ -308,15 +296,6 @@ class Estimate:
             return sum(values) / len(values) if values else typical
 
         return sum(expected(cell.group) for cell in cells) / self.workers
-
-
-def duration(seconds: float) -> str:
-    """`95` -> `1 min 35 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def run_cells(

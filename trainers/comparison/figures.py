@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..figures import COLOURS, MARKERS, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MARKERS = "osD^vP*X"
-# Okabe and Ito's colours, told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def _style(models: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -37,11 +35,9 @@ def _errors(entry: Mapping[str, Any]) -> list[list[float]]:
 
 def accuracy_chart(comparison: Mapping[str, Any]) -> "Figure":
     """Score of every model on every task with its interval, single seeds, and the trivial predictor."""
-    from matplotlib.figure import Figure
-
     entries, models, tasks = _full(comparison), list(comparison["models"]), list(comparison["tasks"])
     style = _style(models)
-    figure = Figure(figsize=(max(5.0, 1.9 * len(tasks) + 1.5), 4.4), layout="constrained")
+    figure = new_figure(max(5.0, 1.9 * len(tasks) + 1.5), 4.4)
     axes = figure.subplots()
     spread = 0.6 / max(1, len(models))
     for entry in entries:
@@ -95,11 +91,9 @@ def _against(comparison: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[
 
 def cost_chart(comparison: Mapping[str, Any], timings: Mapping[str, Any]) -> "Figure":
     """Score against parameters, operations, latency and mean reasoning steps: a column each, a row for each task."""
-    from matplotlib.figure import Figure
-
     entries, models, tasks = _full(comparison), list(comparison["models"]), list(comparison["tasks"])
     style, panels = _style(models), _against(comparison, timings)
-    figure = Figure(figsize=(3.3 * len(panels), 2.3 * len(tasks) + 0.9), layout="constrained")
+    figure = new_figure(3.3 * len(panels), 2.3 * len(tasks) + 0.9)
     grid = figure.subplots(len(tasks), len(panels), squeeze=False, sharey="row", sharex="col")
     for column, (title, values) in enumerate(panels.items()):
         for row, task in enumerate(tasks):
@@ -133,8 +127,6 @@ def cost_chart(comparison: Mapping[str, Any], timings: Mapping[str, Any]) -> "Fi
 
 def curve_chart(comparison: Mapping[str, Any], curves: Mapping[str, Any]) -> "Figure | None":
     """Training loss and validation score over updates, mean and range over seeds; `None` if nothing was logged."""
-    from matplotlib.figure import Figure
-
     found = [entry for entry in curves["curves"] if entry["train_size"] is None]
     models, tasks = list(comparison["models"]), list(comparison["tasks"])
     metric = _metric(_full(comparison))
@@ -147,7 +139,7 @@ def curve_chart(comparison: Mapping[str, Any], curves: Mapping[str, Any]) -> "Fi
     if not panels:
         return None
     style = _style(models)
-    figure = Figure(figsize=(3.3 * len(tasks), 2.6 * len(panels) + 0.6), layout="constrained")
+    figure = new_figure(3.3 * len(tasks), 2.6 * len(panels) + 0.6)
     grid = figure.subplots(len(panels), len(tasks), squeeze=False, sharex="col")
     for row, (name, title) in enumerate(panels):
         for column, task in enumerate(tasks):
@@ -191,13 +183,11 @@ def curve_chart(comparison: Mapping[str, Any], curves: Mapping[str, Any]) -> "Fi
 
 def data_size_chart(comparison: Mapping[str, Any]) -> "Figure | None":
     """Score against the number of training examples; `None` unless several sizes were run."""
-    from matplotlib.figure import Figure
-
     if all(entry["train_size"] is None for entry in comparison["results"]):
         return None
     models, tasks = list(comparison["models"]), list(comparison["tasks"])
     style = _style(models)
-    figure = Figure(figsize=(3.4 * len(tasks) + 0.4, 3.6), layout="constrained")
+    figure = new_figure(3.4 * len(tasks) + 0.4, 3.6)
     grid = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(grid, tasks, strict=True):
         trivial = None

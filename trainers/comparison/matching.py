@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..arguments import Recipe, model_fields, one_line, parse_recipe, user_errors_from_validation
-from ..errors import UserError
+from ..arguments import Recipe, model_fields, parse_recipe, user_errors_from_validation
+from ..errors import UserError, one_line
 from ..sequence_to_sequence import KIND, make_tokenizer
 from ..tasks import Task
 from .cells import Cell

@@ -23,8 +23,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from ..arguments import RecipeLoader, load_yaml, one_line, user_errors_from_validation
-from ..errors import UserError, did_you_mean
+from ..arguments import RecipeLoader, load_yaml, merge, user_errors_from_validation
+from ..errors import UserError, did_you_mean, one_line
 from .cells import Cell
 
 # Training settings in which models of one comparison may differ.
@@ -250,15 +250,6 @@ class Comparison:
                             name = self.cell_name(*key)
                             found[key] = Cell(name, self.recipe(*key), group=(task, str(size), model))
         return found
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`; mappings in mappings are merged the same way."""
-    merged = dict(base)
-    for name, value in over.items():
-        inner = merged.get(name)
-        merged[name] = merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def read_yaml(path: Path) -> Any:

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import yaml
 
+from model_cards.run_folder import is_error
+
 from ..errors import UserError
+from ..files import read_records
 from ..statistics import Components, compare_crossed, crossed_interval, holm, mcnemar, power, proportion, seeds_needed
 from .cells import Cell, CellFolder, Outcome
 from .plan import LEAST_SEEDS, Comparison
 
 SCHEMA_VERSION = 1
 Key = tuple[str, str, int | None, int]
-LOWER_IS_BETTER = ("error", "loss")
 
 
 @dataclass
@@ -57,9 +59,8 @@ def read_run(folder: Path) -> RunResult:
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         record = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in lines]
+        rows = read_records(folder / "predictions.jsonl")
         metric = metrics["task"]["metric"]
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: not a finished run: {error}") from error
@@ -104,7 +105,7 @@ def summary_of(runs: Mapping[int, RunResult], where: str, confidence: float, res
     beats = None
     if trivial is not None:
         level = trivial[first.metric]["value"]
-        beats = high < level if first.metric in LOWER_IS_BETTER else low > level
+        beats = high < level if is_error(first.metric) else low > level
     steps = [run.metrics["test"].get("mean_steps") for run in results]
     validation = _mean([_value(run.metrics["validation"], run.metric) for run in results])
     return {
@@ -150,7 +151,7 @@ def compare_two(
     entry: dict[str, Any] = {
         "seeds": seeds,
         "metric": ours[0].metric,
-        "lower_is_better": ours[0].metric in LOWER_IS_BETTER,
+        "lower_is_better": is_error(ours[0].metric),
         **result,
         "same_data": all(_fingerprint(a) == _fingerprint(b) for a, b in zip(ours, theirs, strict=True)),
     }

@@ -19,8 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from ..arguments import one_line
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .torch_transformer import TorchTransformer
 from .walk import copies, first_tensor, roles
 

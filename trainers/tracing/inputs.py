@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..arguments import one_line
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 RANDOM = re.compile(r"random(?::(\d+))?")
 
@@ -205,7 +205,7 @@ def read_numbers(model: PreTrainedModel, text: str) -> ModelInputs:
         try:
             with np.load(Path(text.strip()).expanduser()) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"text: cannot read {text.strip()!r}: {one_line(error)[:200]}") from error
         unknown = sorted(arrays.keys() - parameters.keys())
         if unknown or input_name(model) not in arrays:
