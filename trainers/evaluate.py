@@ -64,7 +64,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "Measure on a random subset of this size, drawn by split_seed."}
     )
     batch_size: int = field(default=16, metadata={"help": "Examples in a batch."})
-    output: str | None = field(
+    output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for the results; default is evaluations/ in a run, else one in outputs/."},
     )
@@ -224,8 +224,8 @@ def make_plan(arguments: EvaluateArguments, task_values: dict[str, Any]) -> Plan
     if arguments.write_card and not (folder / "README.md").is_file():
         raise UserError(f"--write_card: {folder} holds no README.md to write the result into")
     label = Path(name).stem + f"-{arguments.split}" + (f"-{arguments.limit}" if arguments.limit else "")
-    if arguments.output is not None:
-        output = Path(arguments.output).expanduser()
+    if arguments.output_dir is not None:
+        output = Path(arguments.output_dir).expanduser()
     elif run:
         output = folder / "evaluations" / label
     else:
@@ -512,21 +512,21 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool, claim: con
         ours = (LOCK_NAME, f".{SETTINGS}.")
         held = {entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)}
         if held and SETTINGS not in held:
-            raise UserError(f"--output: {folder} holds files that are no evaluation; choose another folder")
+            raise UserError(f"--output_dir: {folder} holds files that are no evaluation; choose another folder")
         if held and not overwrite:
             recorded = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
             for name, now in settings.items():
                 then = recorded.get(name) if isinstance(recorded, dict) else None
                 if then != now:
                     raise UserError(
-                        f"--output: {folder} holds an evaluation with {name} {then!r}, and now it is {now!r}; choose "
-                        "another folder, or --overwrite"
+                        f"--output_dir: {folder} holds an evaluation with {name} {then!r}, and now it is {now!r}; "
+                        "choose another folder, or --overwrite"
                     )
             return "metrics.json" in held
         empty_folder(folder, SETTINGS)
         write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--output: cannot use {folder}: {one_line(error)}") from error
+        raise UserError(f"--output_dir: cannot use {folder}: {one_line(error)}") from error
     return False
 
 

@@ -40,8 +40,7 @@ def proportion(successes: int, total: int, confidence: float = 0.95) -> dict[str
         raise ValueError(f"total is {total}; a share needs at least one trial")
     if not 0 <= successes <= total:
         raise ValueError(f"successes is {successes}; it must lie between 0 and total ({total})")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie strictly between 0 and 1")
+    _check_confidence(confidence)
     interval = binomtest(int(successes), int(total)).proportion_ci(confidence_level=confidence, method="wilson")
     return {
         "value": successes / total,
@@ -69,8 +68,7 @@ def mean(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> dict
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1 or len(numbers) < 2:
         raise ValueError(f"values have shape {numbers.shape}; an interval needs a row of at least two numbers")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must lie strictly between 0 and 1")
+    _check_confidence(confidence)
     middle, error = numbers.mean(), numbers.std(ddof=1) / np.sqrt(len(numbers))
     reach = t.ppf((1 + confidence) / 2, len(numbers) - 1) * error
     return {
@@ -110,6 +108,8 @@ def mean_interval(
             np.mean,
             confidence_level=confidence,
             n_resamples=resamples,
+            # Without it the jackknife holds a square matrix of the values, and the bootstrap one row a resample.
+            batch=max(1, DRAWN_AT_ONCE // len(values)),
             method="BCa",
             rng=np.random.default_rng(seed),
         ).confidence_interval
@@ -553,6 +553,10 @@ def _portions(draws: int, width: int) -> list[int]:
 def _check(values: np.ndarray, confidence: float = 0.95) -> None:
     if not np.isfinite(values).all():
         raise ValueError("a score is not finite")
+    _check_confidence(confidence)
+
+
+def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must lie strictly between 0 and 1")
 

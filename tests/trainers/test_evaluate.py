@@ -93,7 +93,7 @@ def test_a_run_gives_again_what_its_training_reported(models, capsys):
 
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_foreign_models(models, tmp_path, name):
-    assert main([str(models / name), *TASK, "--output", str(tmp_path / "out"), "--batch_size", "4"]) == 0
+    assert main([str(models / name), *TASK, "--output_dir", str(tmp_path / "out"), "--batch_size", "4"]) == 0
     metrics, records = results(tmp_path / "out")
     task = make_task("strategyqa")
     assert [record["id"] for record in records] == [example.id for example in task.rows("test")]
@@ -129,7 +129,7 @@ def test_generation_is_the_librarys_own(models):
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_result(models, tmp_path, monkeypatch, capsys):
     command = [str(models / "gpt2"), *TASK, "--batch_size", "3", "--max_new_tokens", "8"]
-    assert main([*command, "--output", str(tmp_path / "straight")]) == 0
+    assert main([*command, "--output_dir", str(tmp_path / "straight")]) == 0
     answer, calls = Generator.answer, []
 
     def killed(self, inputs):
@@ -140,26 +140,26 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(models, tmp_path, 
 
     monkeypatch.setattr(Generator, "answer", killed)
     folder = tmp_path / "broken"
-    assert main([*command, "--output", str(folder)]) == 130
+    assert main([*command, "--output_dir", str(folder)]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     partial = folder / "predictions.partial.jsonl"
     assert len(partial.read_text().splitlines()) == 2
     assert not (folder / "metrics.json").exists()
     with partial.open("a") as file:
         file.write('{"batch": 2, "answers": [["torn by the k')
-    assert main([*command, "--output", str(folder)]) == 0
+    assert main([*command, "--output_dir", str(folder)]) == 0
     assert calls == [3, 3, 3, 3, 3]
     assert not partial.exists()
     for name in ("predictions.jsonl", "metrics.json"):
         assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert main([*command, "--output", str(folder)]) == 0
+    assert main([*command, "--output_dir", str(folder)]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert len(calls) == 5
 
 
 def test_a_folder_is_continued_only_under_the_same_settings(models, tmp_path, capsys):
     command = [models / "gpt2", *TASK, "--limit", 2, "--max_new_tokens", 2]
-    out = ["--output", tmp_path / "out"]
+    out = ["--output_dir", tmp_path / "out"]
     assert main([str(word) for word in (*command, *out)]) == 0
     message = error_of(capsys, *command, *out, "--num_beams", 2)
     assert "holds an evaluation with num_beams 1, and now it is 2; choose another folder, or --overwrite" in message
@@ -167,13 +167,13 @@ def test_a_folder_is_continued_only_under_the_same_settings(models, tmp_path, ca
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     assert "holds files that are no evaluation" in error_of(
-        capsys, *command, "--output", tmp_path / "other", "--overwrite"
+        capsys, *command, "--output_dir", tmp_path / "other", "--overwrite"
     )
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
 def test_limit_draws_the_recipes_own_subset(models, tmp_path):
-    assert main([str(models / "t5"), *TASK, "--limit", "3", "--output", str(tmp_path / "out")]) == 0
+    assert main([str(models / "t5"), *TASK, "--limit", "3", "--output_dir", str(tmp_path / "out")]) == 0
     metrics, records = results(tmp_path / "out")
     expected = make_task("strategyqa", max_test_samples=3).rows("test")
     assert [record["id"] for record in records] == [example.id for example in expected]
@@ -211,7 +211,7 @@ def test_prompts_longer_than_the_model_reads_lose_their_beginning(models, tmp_pa
         assert was_cut == (text != example.prompt + "\nAnswer:")
         cut += was_cut
     assert cut > 0
-    assert main([str(models / "gpt2"), *words, "--output", str(tmp_path / "out"), "--limit", "4"]) == 0
+    assert main([str(models / "gpt2"), *words, "--output_dir", str(tmp_path / "out"), "--limit", "4"]) == 0
     assert "prompts are longer than the 106 tokens read, and were cut" in capsys.readouterr().out
 
 
@@ -242,7 +242,7 @@ def test_prompts_longer_than_the_model_reads_lose_their_beginning(models, tmp_pa
     ],
 )
 def test_mistakes_are_one_line(models, tmp_path, capsys, words, rule):
-    message = error_of(capsys, models / words[0], *words[1:], "--output", tmp_path / "out")
+    message = error_of(capsys, models / words[0], *words[1:], "--output_dir", tmp_path / "out")
     assert rule in message
     assert not (tmp_path / "out").exists()
 
@@ -250,14 +250,14 @@ def test_mistakes_are_one_line(models, tmp_path, capsys, words, rule):
 def test_without_a_training_split_there_is_no_trivial_predictor(models, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "Is it?", "answer": true}\n')
-    words = ["--task", "strategyqa", "--data_dir", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    words = ["--task", "strategyqa", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
     assert main([str(models / "t5"), *words]) == 0
     assert "no trivial predictor without a training split" in capsys.readouterr().out
     assert results(tmp_path / "out")[0]["test"]["trivial"] is None
 
 
 def test_a_metric_of_degrees(models, tmp_path, capsys):
-    words = ["--task", "commongen", "--data_dir", str(DATA / "commongen"), "--output", str(tmp_path / "out")]
+    words = ["--task", "commongen", "--data_dir", str(DATA / "commongen"), "--output_dir", str(tmp_path / "out")]
     assert main([str(models / "t5"), *words]) == 0
     metrics, records = results(tmp_path / "out")
     test = metrics["test"]
@@ -273,7 +273,7 @@ def test_write_card(models, tmp_path):
     before = (run / "README.md").read_text(encoding="utf-8")
     arc = ["--task", "arc_easy", "--data_dir", str(DATA / "arc"), "--max_new_tokens", "4"]
     for words, name in ((arc, "arc_easy"), (["--data_dir", data], "own"), (["--data_dir", data], "own")):
-        assert main([str(run), *words, "--write_card", "--output", str(tmp_path / name)]) == 0
+        assert main([str(run), *words, "--write_card", "--output_dir", str(tmp_path / name)]) == 0
     card = ModelCard((run / "README.md").read_text(encoding="utf-8"))
     found = {result.task_name: result for result in card.data.eval_results}
     assert len(card.data.eval_results) == 2
@@ -291,7 +291,7 @@ def test_a_result_on_data_of_the_hub_is_written_for_its_leaderboard(models, tmp_
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     run = models / "run"
-    assert main([str(run), "--task", "gsm8k", "--write_card", "--output", str(tmp_path / "out")]) == 0
+    assert main([str(run), "--task", "gsm8k", "--write_card", "--output_dir", str(tmp_path / "out")]) == 0
     value = round(results(tmp_path / "out")[0]["test"]["accuracy"]["value"], 4)
     text = (run / ".eval_results" / "gsm8k.yaml").read_text()
     (entry,) = yaml.safe_load(text)
@@ -305,7 +305,7 @@ def test_a_result_on_data_of_the_hub_is_written_for_its_leaderboard(models, tmp_
 def test_answers_to_the_training_split_teach_another_model(models, tmp_path):
     """What `--split train` writes is what `task.teacher_answers` reads."""
     words = [*TASK, "--split", "train", "--limit", "10", "--stop", ""]
-    assert main([str(models / "gpt2"), *words, "--output", str(tmp_path / "out")]) == 0
+    assert main([str(models / "gpt2"), *words, "--output_dir", str(tmp_path / "out")]) == 0
     metrics, records = results(tmp_path / "out")
     assert metrics["split"] == "train"
     assert metrics["train"]["n"] == 10

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -303,3 +304,16 @@ def test_mean_with_student_interval():
             mean(wrong)
     with pytest.raises(ValueError, match="confidence is 1"):
         mean(values, confidence=1)
+
+
+def test_an_interval_of_many_scores_needs_little_memory():
+    """The jackknife of so many values would be a matrix of 0.8 GB."""
+    values = np.random.default_rng(0).random(10_000)
+    tracemalloc.start()
+    found = mean_interval(values, resamples=200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    low, high = found["interval"]
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 100, rel=0.15)

@@ -192,7 +192,9 @@ class Comparison:
         name: of the file it came from.
         plan: as read.
         models, tasks: built entries.
-        cells: in the order they are run; see [`cells_of`].
+        published, claimed: numbers of others.
+        model_sections: of each model, the `model` section of its recipe; empty for one without.
+        task_sections: of each task, the sections of its recipe; empty for one without.
     """
 
     name: str
@@ -201,7 +203,6 @@ class Comparison:
     tasks: dict[str, TaskEntry]
     published: list[Others]
     claimed: list[Others]
-    folder: Path
     model_sections: dict[str, dict[str, Any]]
     task_sections: dict[str, dict[str, dict[str, Any]]]
 
@@ -323,7 +324,6 @@ def read_comparison(path: Path) -> Comparison:
         tasks=tasks,
         published=[build(Others, entry, f"{path}: published") for entry in plan.published],
         claimed=[build(Others, entry, f"{path}: claimed") for entry in plan.claimed],
-        folder=folder,
         model_sections=model_sections,
         task_sections=task_sections,
     )
