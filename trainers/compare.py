@@ -183,15 +183,7 @@ def run(options: argparse.Namespace) -> int:
                 flush=True,
             )
             write_text(output / "compare.yaml", yaml.safe_dump(read_yaml(options.recipe), sort_keys=False))
-
-    def describe(cell: Cell) -> str:
-        metrics = json.loads((folder.run(cell) / "metrics.json").read_text(encoding="utf-8"))
-        metric = metrics["task"]["metric"]
-        return f"{metric} {metrics['test'][metric]['value']:.3f}, "
-
-    outcomes = run_cells(
-        folder, list(to_run.values()), worker, options.overwrite, comparison.plan.keep_checkpoints, describe
-    )
+    outcomes = run_cells(folder, list(to_run.values()), worker, options.overwrite, comparison.plan.keep_checkpoints)
     if worker.rank != 0:
         return 0
     content = write_report(comparison, cells, folder, outcomes)

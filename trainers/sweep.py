@@ -409,13 +409,7 @@ def run(options: argparse.Namespace) -> int:
             f"output in {output}",
             flush=True,
         )
-
-    def describe(cell: Cell) -> str:
-        metrics = json.loads((folder.run(cell) / "metrics.json").read_text(encoding="utf-8"))
-        metric = metrics["task"]["metric"]
-        return f"{metric} {metrics['test'][metric]['value']:.3f}, "
-
-    outcomes = run_cells(folder, list(cells.values()), worker, options.overwrite, describe=describe)
+    outcomes = run_cells(folder, list(cells.values()), worker, options.overwrite)
     if worker.rank != 0:
         return 0
     content, clock = gather(axes, cells, folder, outcomes)

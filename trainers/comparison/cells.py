@@ -154,6 +154,12 @@ class CellFolder:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
 
+    def score(self, cell: Cell) -> str:
+        """The test score of a finished cell in words."""
+        metrics = json.loads((self.run(cell) / "metrics.json").read_text(encoding="utf-8"))
+        metric = metrics["task"]["metric"]
+        return f"{metric} {metrics['test'][metric]['value']:.3f}"
+
     @contextmanager
     def lock(self, cell: Cell, wait: bool) -> Iterator[int | None]:
         """Hold a cell. Yields the lock's file descriptor, or `None` if another holds it and `wait` is false."""
@@ -304,12 +310,14 @@ def run_cells(
     worker: Worker,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
-    describe=lambda cell: "",
 ) -> dict[str, Outcome]:
     """Run all cells that are not finished, together with the other workers, and tell about each.
 
     Args:
-        describe: what to say of a finished cell besides its name.
+        folder: of all cells.
+        cells: in the order in which they are run.
+        worker: this process.
+        overwrite, keep_checkpoints: as for [`run_cell`].
 
     Returns:
         On the first worker: the outcome of every cell, whoever ran it. On the others: of those they ran.
@@ -346,7 +354,7 @@ def run_cells(
             if outcome.status == "failed":
                 line += f"FAILED: {outcome.reason} (output: {folder.file(cell, 'log')})"
             else:
-                line += f"{describe(cell)}{outcome.status}, {duration(outcome.seconds)}"
+                line += f"{folder.score(cell)}, {outcome.status}, {duration(outcome.seconds)}"
             if left is not None and open_cells:
                 line += f"; about {duration(left)} left"
             if outcome.status != "reused" or index == len(cells) - 1:
