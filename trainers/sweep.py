@@ -35,7 +35,7 @@ from .arguments import load_yaml, merge
 from .command import CommandParser, run_command
 from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
 from .comparison.matching import check_recipe, text_task
-from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, read_yaml
+from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, read_yaml, sample_limits
 from .comparison.results import RunResult, read_run, summary_of, timings
 from .errors import UserError, did_you_mean, one_line
 from .figures import COLOURS, MARKERS, new_figure, save_figure
@@ -197,15 +197,6 @@ def grid(
             recipe = merge(recipe, {"training": {"seed": seed, "disable_tqdm": True}})
             cells[point, seed] = Cell(f"{point.name}/seed-{seed}", recipe, group=(point.name,))
     return cells
-
-
-def limit(sections: dict[str, dict[str, Any]], most: int) -> dict[str, dict[str, Any]]:
-    """Sections with at most so many examples in every split."""
-    if most < 1:
-        raise UserError(f"--max_samples is {most}; it must be at least 1")
-    task = sections.get("task", {})
-    names = (f"max_{split}_samples" for split in ("train", "validation", "test"))
-    return merge(sections, {"task": {name: min(most, task.get(name) or most) for name in names}})
 
 
 def gather(
@@ -385,9 +376,10 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--data_dir: no folder {options.data_dir}")
         sections = merge(sections, {"task": {"data_dir": options.data_dir}})
     if options.max_samples is not None:
-        sections = limit(sections, options.max_samples)
+        sections = merge(sections, {"task": sample_limits(sections, options.max_samples)})
     if options.debug:
-        sections = merge(limit(sections, DEBUG_SAMPLES), {"training": {"max_steps": DEBUG_STEPS}})
+        few = sample_limits(sections, DEBUG_SAMPLES)
+        sections = merge(sections, {"task": few, "training": {"max_steps": DEBUG_STEPS}})
         seeds = seeds[:DEBUG_SEEDS]
     output = options.output_dir or Path("outputs") / f"sweep-{options.recipe.stem}{'-debug' if options.debug else ''}"
     folder, cells = CellFolder(output), grid(sections, axes, seeds)

@@ -35,7 +35,14 @@ from trainers.comparison.cells import Cell, CellFolder, Estimate, Outcome, Worke
 from trainers.comparison.cost import forward_flops
 from trainers.comparison.figures import all_charts
 from trainers.comparison.matching import matched_fields, trainable_parameters
-from trainers.comparison.plan import LEAST_SEEDS, TUNABLE, apply_data_dirs, limit_samples, read_comparison
+from trainers.comparison.plan import (
+    LEAST_SEEDS,
+    TUNABLE,
+    apply_data_dirs,
+    limit_samples,
+    read_comparison,
+    sample_limits,
+)
 from trainers.comparison.results import gather, read_run, timings
 from trainers.comparison.tables import COLUMNS, csv_text, latex_text
 from trainers.errors import UserError
@@ -495,6 +502,20 @@ def test_all_models_get_the_same_but_their_own(tmp_path):
     assert comparison.recipe("a", "t", None, 7)["task"]["max_train_samples"] == 6
     assert "max_steps" not in TUNABLE
     assert "per_device_train_batch_size" not in TUNABLE
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "limits"),
+    [
+        ("vanilla_transformer", {"max_test_samples": 5}, {"train": 8, "validation": 8, "test": 5}),
+        ("continuous_thought_machine", {}, {"train": 8, "validation": 8, "test": 8}),
+        ("in_context_transformer", {"num_test": 4}, {"validation": 8, "test": 4}),
+    ],
+)
+def test_examples_are_limited_in_the_fields_of_the_task(model_type, task, limits):
+    found = sample_limits({"model": {"model_type": model_type}, "task": task}, 8)
+    form = "num_{}" if "num_test" in task else "max_{}_samples"
+    assert found == {form.format(split): limit for split, limit in limits.items()}
 
 
 def test_data_folders_are_found(tmp_path):

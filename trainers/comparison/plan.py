@@ -23,8 +23,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from ..arguments import RecipeLoader, load_yaml, merge, user_errors_from_validation
+from ..arguments import RecipeLoader, kind_of, load_yaml, merge, user_errors_from_validation
 from ..errors import UserError, did_you_mean, one_line
+from ..tasks.base import SPLITS
 from .cells import Cell
 
 # Training settings in which models of one comparison may differ.
@@ -358,15 +359,32 @@ def apply_data_dirs(comparison: Comparison, given: Sequence[str]) -> None:
                     break
 
 
-def limit_samples(comparison: Comparison, most: int) -> None:
-    """Use at most so many examples of every split of every task."""
+def sample_limits(sections: Mapping[str, Mapping[str, Any]], most: int) -> dict[str, int]:
+    """Fields of the `task` section of a recipe with which every split has at most so many examples.
+
+    Raises:
+        UserError: if that leaves none, or the recipe's architecture is unknown.
+    """
     if most < 1:
         raise UserError(f"--max_samples is {most}; it must be at least 1")
+    fields = kind_of(sections.get("model", {}).get("model_type")).sections["task"].__dataclass_fields__
+    # Tasks whose training prompts never end have sizes of the other splits, and no bound on them.
+    limits = {}
+    for name in (f"{form}_{split}{end}" for form, end in (("max", "_samples"), ("num", "")) for split in SPLITS):
+        if name in fields:
+            value = sections.get("task", {}).get(name, fields[name].default)
+            limits[name] = min(most, value) if isinstance(value, int) else most
+    return limits
+
+
+def limit_samples(comparison: Comparison, most: int) -> None:
+    """Use at most so many examples of every split of every task; see [`sample_limits`]."""
     for name, entry in comparison.tasks.items():
         task = merge(comparison.task_sections[name].get("task", {}), entry.task)
-        for split in ("train", "validation", "test"):
-            known = task.get(f"max_{split}_samples")
-            entry.task[f"max_{split}_samples"] = min(most, known) if isinstance(known, int) else most
+        for model in comparison.models:
+            if comparison.takes_part(model, name):
+                fields = merge(comparison.model_sections[model], comparison.models[model].model)
+                entry.task |= sample_limits({"model": fields, "task": task}, most)
     comparison.plan.train_sizes = [size for size in comparison.plan.train_sizes if size < most]
 
 
