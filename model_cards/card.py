@@ -26,6 +26,7 @@ from .further_results import further_results
 from .markdown import code, one_line, python_string, table, text
 from .run_folder import CardError, Fields, RunFolder, Score
 from .snippets import snippet
+from .words import duration, thin
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md.jinja")
 
@@ -108,21 +109,6 @@ def compare_scores(model: Score, trivial: Score) -> str:
     if model.low > trivial.high:
         return above
     return below if model.high < trivial.low else "not distinguishable"
-
-
-def duration(seconds: float) -> str:
-    """`41.2 s`, `1 min 41 s` or `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def thin(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` (2 or more) of the rows, evenly spaced, with the first and the last."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]
 
 
 def _metadata(run: RunFolder, architecture: Architecture, repo_id: str | None, license: str) -> ModelCardData:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .markdown import code, table, text
 from .run_folder import Fields, RunFolder, Score
+from .words import thin
 
 MOST_PLACES = 8
 MOST_BASELINES = 4
@@ -45,7 +46,7 @@ def _baselines(curve: Fields, metric: str) -> dict[str, list[Score]]:
 
 def _curve_table(curve: Fields, metric: str, title: str) -> str:
     model, baselines = _scores(curve, "model", metric), _baselines(curve, metric)
-    places = _spaced(range(len(model)))
+    places = thin(range(len(model)), MOST_PLACES)
     rows = [
         [
             str(place),
@@ -139,13 +140,6 @@ def _stopping_table(stopping: Fields, metric: str) -> str:
     )
     header = ["Certainty", metric.capitalize(), "Interval", "Mean ticks", "Seconds"]
     return f"{note}\n\n{table(header, rows, numeric=range(len(header)))}"
-
-
-def _spaced(places: range) -> list[int]:
-    """At most `MOST_PLACES` of the places, evenly spaced, with the first and the last."""
-    if len(places) <= MOST_PLACES:
-        return list(places)
-    return [round(i * (len(places) - 1) / (MOST_PLACES - 1)) for i in range(MOST_PLACES)]
 
 
 def _some(shown: Sequence[int], all_of_them: Sequence[Score]) -> str:

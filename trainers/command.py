@@ -14,7 +14,7 @@ class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` that takes no abbreviations and whose errors are `UserError`s."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str):
         raise UserError(message)

@@ -5,8 +5,6 @@
 draws the pictures of a finished analysis again. Training writes numbers and pictures itself.
 """
 
-import argparse
-import io
 import json
 import math
 import sys
@@ -18,7 +16,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import UserError
+from .command import CommandParser, run_command
+from .errors import UserError, one_line
+from .figures import COLOURS, new_figure, printable, save_figure, whole_numbers
 from .files import json_text, write_text
 
 if TYPE_CHECKING:
@@ -367,13 +367,11 @@ def analyse(
 
 def connection_figure(connections: Mapping[str, Any]) -> "Figure":
     """The connections: matrix with the slots clustered, strengths, sparsity by threshold, energy by rank."""
-    from matplotlib.figure import Figure
-
     order = connections["order"]
     matrix = np.array(connections["matrix"])[np.ix_(order, order)]
     signed = connections["connection_type"] == "scalar"
     values = matrix[~np.eye(len(matrix), dtype=bool)]
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = new_figure(12, 7)
     left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1], squeeze=False)[0]
     axes = left.subplots()
     largest = float(np.abs(values).max()) or 1.0
@@ -397,17 +395,17 @@ def connection_figure(connections: Mapping[str, Any]) -> "Figure":
         fontsize=9,
     )
     thresholds = [entry["relative_threshold"] for entry in connections["sparsity"]]
-    sparsity.semilogx(thresholds, [entry["share"] for entry in connections["sparsity"]], "o-", color="#1b9e77")
+    sparsity.semilogx(thresholds, [entry["share"] for entry in connections["sparsity"]], "o-", color=COLOURS[2])
     sparsity.set_xlabel("threshold, relative to the median strength")
     sparsity.set_ylabel("share of pairs below")
     sparsity.set_ylim(-0.03, 1.03)
     sparsity.grid(alpha=0.3)
     shares = connections["energy_by_rank"]
-    energy.plot(range(1, len(shares) + 1), shares, "o-" if len(shares) <= 64 else "-", markersize=3, color="#d95f02")
+    energy.plot(range(1, len(shares) + 1), shares, "o-" if len(shares) <= 64 else "-", markersize=3, color=COLOURS[1])
     energy.set_xlabel("rank" if not signed else "rank of the matrix of all connections")
     energy.set_ylabel("share of the energy kept")
     energy.set_ylim(-0.03, 1.03)
-    energy.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(energy.xaxis)
     energy.grid(alpha=0.3)
     rank = connections["rank"]
     energy.set_title(
@@ -419,9 +417,7 @@ def connection_figure(connections: Mapping[str, Any]) -> "Figure":
 
 def reasoning_figure(reasoning: Mapping[str, Any]) -> "Figure":
     """The reasoning: change per step, steps taken, activity of the slots, paths."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = new_figure(12, 8)
     (change, steps), (activity, paths) = figure.subplots(2, 2)
     taken = [entry for entry in reasoning["change"] if entry["examples"]]
     places = [entry["step"] for entry in taken]
@@ -430,11 +426,11 @@ def reasoning_figure(reasoning: Mapping[str, Any]) -> "Figure":
         [entry["low"] for entry in taken],
         [entry["high"] for entry in taken],
         alpha=0.2,
-        color="#7570b3",
+        color=COLOURS[0],
         linewidth=0,
         label="5 to 95 % of the examples",
     )
-    change.plot(places, [entry["median"] for entry in taken], "o-", color="#7570b3", label="median")
+    change.plot(places, [entry["median"] for entry in taken], "o-", color=COLOURS[0], label="median")
     if reasoning["halting"] == "state_change":
         change.axhline(reasoning["halting_threshold"], color="black", linestyle="--", linewidth=1, label="threshold")
     change.set_yscale("log")
@@ -442,12 +438,12 @@ def reasoning_figure(reasoning: Mapping[str, Any]) -> "Figure":
     change.set_ylabel("change of the state, relative")
     change.legend(fontsize=8)
     change.grid(alpha=0.3)
-    change.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(change.xaxis)
     counts = reasoning["steps"]["histogram"]
-    steps.bar([entry["steps"] for entry in counts], [entry["examples"] for entry in counts], color="#1b9e77")
+    steps.bar([entry["steps"] for entry in counts], [entry["examples"] for entry in counts], color=COLOURS[2])
     steps.set_xlabel(f"steps taken, of at most {reasoning['bound']}")
     steps.set_ylabel("examples")
-    steps.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(steps.xaxis)
     steps.set_title(
         f"mean {reasoning['steps']['mean']:.2f}; {reasoning['steps']['early_share']:.0%} stopped early", fontsize=10
     )
@@ -462,7 +458,7 @@ def reasoning_figure(reasoning: Mapping[str, Any]) -> "Figure":
     )
     activity.set_xlabel("slot, most active first")
     activity.set_ylabel("step")
-    activity.yaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(activity.yaxis)
     figure.colorbar(image, ax=activity, label="mean length of the update")
     for path in reasoning["trajectories"]["paths"]:
         points = np.array(path["points"])
@@ -479,13 +475,11 @@ def reasoning_figure(reasoning: Mapping[str, Any]) -> "Figure":
 
 def slot_figure(reasoning: Mapping[str, Any]) -> "Figure":
     """What each slot reads: activity and entropy of all, and the tokens of the most specialised ones."""
-    from matplotlib.figure import Figure
-
     slots = reasoning["slots"]
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = new_figure(12, 5)
     scatter, table = figure.subplots(1, 2)
     lengths = np.array(reasoning["activity"]).mean(axis=1)
-    scatter.scatter(lengths, [slot["entropy"] for slot in slots], s=14, color="#e7298a")
+    scatter.scatter(lengths, [slot["entropy"] for slot in slots], s=14, color=COLOURS[3])
     scatter.set_xlabel("mean length of the slot's updates")
     scatter.set_ylabel("entropy over kinds of tokens, 1 = no preference")
     scatter.set_ylim(-0.03, 1.05)
@@ -498,7 +492,8 @@ def slot_figure(reasoning: Mapping[str, Any]) -> "Figure":
             str(index),
             f"{slots[index]['entropy']:.2f}",
             ",  ".join(
-                f"{_shown(entry['token'])} ({entry['times_its_share']:.1f}x)" for entry in slots[index]["reads_most"]
+                f"{printable(entry['token'], 14)} ({entry['times_its_share']:.1f}x)"
+                for entry in slots[index]["reads_most"]
             ),
         ]
         for index in special
@@ -518,12 +513,6 @@ def slot_figure(reasoning: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _shown(token: str, most: int = 14) -> str:
-    """A token as matplotlib may print it: no mathematics, no length that hides the next."""
-    token = token.replace("\n", "\\n")
-    return (token if len(token) <= most else f"{token[: most - 1]}…").replace("$", r"\$")
-
-
 def figures(analysis: Mapping[str, Any]) -> dict[str, "Figure"]:
     """All pictures of an analysis, by file name."""
     return {
@@ -537,11 +526,7 @@ def write_figures(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write the pictures of an analysis into a folder."""
     paths = []
     for name, figure in figures(analysis).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        aside = folder / f".{name}"
-        aside.write_bytes(buffer.getvalue())
-        aside.replace(folder / name)
+        save_figure(figure, folder / name)
         paths.append(folder / name)
     return paths
 
@@ -571,23 +556,27 @@ def write_connection_analysis(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the pictures of an analysis again. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainers.connection_analysis", description="Draw the pictures of an analysis again."
-    )
-    parser.add_argument("file", type=Path, help=f"a run's internals/{FILE_NAME}")
-    path = parser.parse_args(argv).file
-    try:
-        analysis = json.loads(path.read_text(encoding="utf-8"))
+    """Draw the pictures of an analysis again. Returns the exit code: 0, 2 for a mistake the user can mend, 130 for
+    Ctrl-C."""
+
+    def work() -> int:
+        parser = CommandParser(
+            prog="python -m trainers.connection_analysis", description="Draw the pictures of an analysis again."
+        )
+        parser.add_argument("file", type=Path, help=f"a run's internals/{FILE_NAME}")
+        path = parser.parse_args(argv).file
+        try:
+            analysis = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
         version = analysis.get("schema_version") if isinstance(analysis, dict) else None
         if version != SCHEMA_VERSION:
             raise UserError(f"{path}: schema_version is {version!r}; this version draws {SCHEMA_VERSION}")
-    except (OSError, ValueError) as error:
-        print(f"error: {error if isinstance(error, UserError) else f'{path}: {error}'}", file=sys.stderr)
-        return 2
-    for written in write_figures(analysis, path.parent):
-        print(written)
-    return 0
+        for written in write_figures(analysis, path.parent):
+            print(written)
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
-    """Write JSON lines, one for each record, as [`json_text`] treats numbers that are not finite."""
-    lines = (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) for record in records)
-    write_text(path, "".join(f"{line}\n" for line in lines))
+    """Write a file of JSON lines, see [`json_line`]."""
+    write_text(path, "".join(map(json_line, records)))
 
 
 def read_records(path: Path) -> list[Any]:
@@ -116,6 +115,11 @@ def only_user_of(folder: Path) -> Iterator[None]:
 def json_text(value: Any) -> str:
     """A value as indented JSON. JSON has no infinity and no NaN: a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line that ends in a line break; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -16,8 +16,11 @@ from transformers import (
     set_seed,
 )
 
-from .arguments import EvaluationArguments, Kind, one_line, user_errors_from_validation
+from model_cards.words import aligned, thin
+
+from .arguments import EvaluationArguments, Kind, user_errors_from_validation
 from .errors import UserError, did_you_mean
+from .figures import new_figure, save_with_numbers
 from .in_context_evaluation import (
     evaluate_prompts,
     evaluate_questions,
@@ -32,15 +35,14 @@ from .in_context_figures import (
     path_length_figure,
     prompts_figure,
     tables_figure,
-    write_figure,
 )
 from .in_context_trainer import (
     LOSS_PARTS,
     InContextTrainer,
     InContextTrainingArguments,
-    evenly_spaced,
     longest_prompt_metric,
 )
+from .pretrained import pretrained_model
 from .run import Evaluation, TrainingRun, say
 from .tasks.in_context import (
     BASELINES,
@@ -60,6 +62,8 @@ DENSE, LOW_RANK = "in_context_transformer", "low_rank_in_context_transformer"
 # the balance of labels are judged by.
 FINGERPRINTED = 8
 LABELS_COUNTED = 1000
+# Places in a prompt whose losses are logged, at most.
+MOST_LEVELS = 6
 
 
 @strict
@@ -124,12 +128,6 @@ class InContextEvaluationArguments(EvaluationArguments):
                 raise ValueError(f"rho: must be numbers, got {rho!r}")
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as text, every column aligned to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
 class InContextRun(TrainingRun):
     """A run on a task of [`trainers.tasks.in_context`][]."""
 
@@ -185,7 +183,7 @@ class InContextRun(TrainingRun):
     def _levels(self) -> dict[str, int]:
         """Names of the levels whose losses are logged, with their numbers."""
         if isinstance(self.task, FunctionClass):
-            return {f"after_{place}": place for place in evenly_spaced(range(self.task.options.n_points))}
+            return {f"after_{place}": place for place in thin(range(self.task.options.n_points), MOST_LEVELS)}
         lengths = {f"path_{length}": length for length in range(self.task.options.num_tables + 1)}
         return {"no_path": -1, **lengths}
 
@@ -231,22 +229,7 @@ class InContextRun(TrainingRun):
             fits |= {"n_outputs": self.task.n_outputs, "objective": self.task.objective}
             auto_class = AutoModelForTimeSeriesPrediction
         if recipe.pretrained is not None:
-            try:
-                model = auto_class.from_pretrained(
-                    recipe.pretrained,
-                    revision=recipe.pretrained_revision,
-                    trust_remote_code=recipe.trust_remote_code,
-                    dtype=torch.float32,
-                )
-            except Exception as error:  # a damaged file raises whatever its reader happens to meet
-                raise UserError(
-                    f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}"
-                ) from error
-            if model.config.model_type != recipe.model_type:
-                raise UserError(
-                    f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a "
-                    f"{model.config.model_type}"
-                )
+            model = pretrained_model(recipe, auto_class)
             for name, value in fits.items():
                 if getattr(model.config, name) != value:
                     raise UserError(
@@ -390,34 +373,32 @@ class InContextRun(TrainingRun):
         if isinstance(self.task, FunctionClass):
             curve = test["by_position"]
             title = f"{name}: score by number of in-context examples"
-            write_figure(internals / "in_context_curve.png", curve_figure(curve, metric, title), curve)
+            save_with_numbers(curve_figure(curve, metric, title), internals / "in_context_curve.png", curve)
             if test["prompts"]:
                 words = {kind: text for kind, (_, text) in CHANGES.items()}
                 figure = prompts_figure(test["prompts"], metric, words)
-                write_figure(internals / "other_prompts.png", figure, {"prompts": test["prompts"]})
+                save_with_numbers(figure, internals / "other_prompts.png", {"prompts": test["prompts"]})
         else:
             numbers = {key: test[key] for key in ("accuracy", "by_difficulty", "baselines", "trivial")}
             title = f"{name}: accuracy by path length"
-            write_figure(internals / "accuracy_by_path_length.png", path_length_figure(test, title), numbers)
+            save_with_numbers(path_length_figure(test, title), internals / "accuracy_by_path_length.png", numbers)
             if test["by_tables"]:
                 figure = tables_figure(
                     test["by_tables"], self.task.options.num_tables, f"{name}: accuracy by number of tables"
                 )
-                write_figure(internals / "accuracy_by_tables.png", figure, {"by_tables": test["by_tables"]})
+                save_with_numbers(figure, internals / "accuracy_by_tables.png", {"by_tables": test["by_tables"]})
             config = self.model.config
             masks = mask_numbers(
                 config.num_blocks, config.block_size, config.num_tail_tokens, sorted({*WIDTHS, config.hidden_size})
             )
-            write_figure(internals / "attention_masks.png", mask_figure(masks), masks)
+            save_with_numbers(mask_figure(masks), internals / "attention_masks.png", masks)
         self._write_history(internals, history)
 
     @staticmethod
     def _write_history(internals: Path, history: list[dict[str, Any]]) -> None:
         """Losses by level in the course of training."""
-        from matplotlib.figure import Figure
-
         names = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("loss_")))
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure()
         axes = figure.add_subplot()
         for name in names:
             found = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -429,7 +410,7 @@ class InContextRun(TrainingRun):
         axes.grid(alpha=0.3)
         if names:
             axes.legend(fontsize=7, ncols=2)
-        write_figure(internals / "loss_by_level.png", figure, {"history": history})
+        save_with_numbers(figure, internals / "loss_by_level.png", {"history": history})
 
 
 KIND = Kind(

@@ -6,8 +6,7 @@ draws who attends to whom in the low-rank model, with counts of entries and of p
 numbers beside it as JSON.
 """
 
-import argparse
-import io
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -18,25 +17,19 @@ import numpy as np
 
 from hf_models.in_context_transformer.modeling_in_context_transformer import make_attention_masks
 
-from .files import json_text, write_text
+from .command import CommandParser, run_command
+from .errors import UserError
+from .figures import COLOURS, new_figure, save_with_numbers, whole_numbers
+from .files import json_text
 from .tasks.in_context.table_connectivity import NUM_TAIL_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 WIDTHS = (64, 256)
-LINES = ("#666666", "#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#1f78b4", "#b15928", "#6a3d9a")
-
-
-def write_figure(path: Path, figure: "Figure", numbers: dict[str, Any]) -> None:
-    """Write a picture, and its numbers beside it with the suffix `.json`."""
-    write_text(path.with_suffix(".json"), json_text({"schema_version": SCHEMA_VERSION} | numbers))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    aside = path.with_name(f".{path.name}")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+GREY = "#666666"
+# Predictors without a model have many curves: each colour once in each style. The model's is black.
+LINES = list(itertools.product(("--", ":", "-."), COLOURS[:6]))
 
 
 def interval_band(scores: Sequence[dict[str, Any]]) -> tuple[list[float], list[float], list[float]]:
@@ -53,14 +46,14 @@ def context_curve(axes, curve: dict[str, Any], metric: str, legend: bool = True)
         metric: `"accuracy"` or `"error"`.
     """
     places = curve["in_context_examples"]
-    for (name, scores), colour in zip(curve["baselines"].items(), LINES, strict=False):
+    for (name, scores), (style, colour) in zip(curve["baselines"].items(), itertools.cycle(LINES), strict=False):
         values = [score["value"] for score in scores]
-        axes.plot(places, values, color=colour, linewidth=1, linestyle="--", label=f"{name} (n {scores[0]['n']})")
+        axes.plot(places, values, color=colour, linewidth=1, linestyle=style, label=f"{name} (n {scores[0]['n']})")
     values, low, high = interval_band(curve["model"])
     axes.plot(places, values, color="black", linewidth=2, label=f"model (n {curve['model'][0]['n']})")
     axes.fill_between(places, low, high, color="black", alpha=0.15, linewidth=0)
     axes.set_xlabel("in-context examples")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     if metric == "error":
         axes.set_ylabel("squared error")
         # A predictor that fails badly would press all others onto the axis.
@@ -68,7 +61,7 @@ def context_curve(axes, curve: dict[str, Any], metric: str, legend: bool = True)
         axes.set_ylim(0, 1.3 * scale)
     else:
         axes.set_ylabel("accuracy")
-        axes.set_ylim(0.4, 1.02)
+        axes.set_ylim(min(0.4, *low) - 0.02, 1.02)
     axes.grid(alpha=0.3)
     if legend:
         axes.legend(fontsize=7, ncols=2)
@@ -76,9 +69,7 @@ def context_curve(axes, curve: dict[str, Any], metric: str, legend: bool = True)
 
 def curve_figure(curve: dict[str, Any], metric: str, title: str) -> "Figure":
     """[`context_curve`] by itself."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     context_curve(axes, curve, metric)
     axes.set_title(title)
@@ -87,11 +78,9 @@ def curve_figure(curve: dict[str, Any], metric: str, title: str) -> "Figure":
 
 def prompts_figure(curves: dict[str, dict[str, Any]], metric: str, words: dict[str, str]) -> "Figure":
     """[`context_curve`] of every kind of prompt, side by side."""
-    from matplotlib.figure import Figure
-
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
+    figure = new_figure(4.4 * columns, 3.4 * rows)
     for place, (kind, curve) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         context_curve(axes, curve, metric, legend=place == 1)
@@ -105,16 +94,14 @@ def path_length_figure(section: dict[str, Any], title: str) -> "Figure":
     Args:
         section: a split as [`evaluate_questions`][trainers.in_context_evaluation.evaluate_questions] returns it.
     """
-    from matplotlib.figure import Figure
-
     levels = section["by_difficulty"]
     values, low, high = interval_band([level["accuracy"] for level in levels])
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     reach = np.abs(np.array([low, high]) - values)
     axes.errorbar(range(len(levels)), values, yerr=reach, fmt="o", color="black", capsize=4, label="model")
     axes.axhline(section["accuracy"]["value"], color="black", linewidth=1, label="model, all questions")
-    for name, colour in (("1 hop", "#d95f02"), ("2 hops", "#7570b3")):
+    for name, colour in (("1 hop", COLOURS[1]), ("2 hops", COLOURS[0])):
         found = [rule for rule in section["baselines"] if name in rule["name"]]
         for rule in found:
             axes.axhline(
@@ -137,26 +124,24 @@ def tables_figure(points: Sequence[dict[str, Any]], trained_at: int, title: str)
         points: `{"num_tables", "rho", "accuracy", "baselines"}` of each number of tables.
         trained_at: number of tables in training.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     sizes = [point["num_tables"] for point in points]
     values, low, high = interval_band([point["accuracy"] for point in points])
     reach = np.abs(np.array([low, high]) - values)
     axes.errorbar(sizes, values, yerr=reach, fmt="o-", color="black", capsize=4, label="model")
-    for name, colour in (("1 hop", "#d95f02"), ("2 hops", "#7570b3"), ("3 hops", "#1b9e77")):
+    for name, colour in (("1 hop", COLOURS[1]), ("2 hops", COLOURS[0]), ("3 hops", COLOURS[2])):
         rules = [[rule for rule in point["baselines"] if name in rule["name"]] for point in points]
         if all(rules):
             shares = [rule[0]["accuracy"]["value"] for rule in rules]
             axes.plot(sizes, shares, linestyle="--", marker=".", color=colour, label=f"rule: {name}")
-    axes.axhline(0.5, color="#666666", linestyle=":", label="constant answer")
-    axes.axvline(trained_at, color="#666666", linewidth=0.8)
+    axes.axhline(0.5, color=GREY, linestyle=":", label="constant answer")
+    axes.axvline(trained_at, color=GREY, linewidth=0.8)
     axes.annotate("trained here", (trained_at, 0.42), fontsize=8, rotation=90, ha="right")
     axes.set_xticks(sizes, [f"{point['num_tables']}\nrho {point['rho']:g}" for point in points])
     axes.set_xlabel("tables in a prompt")
     axes.set_ylabel("accuracy")
-    axes.set_ylim(0.4, 1.03)
+    axes.set_ylim(min(0.4, *low) - 0.02, 1.03)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     axes.set_title(title)
@@ -191,12 +176,11 @@ def mask_numbers(num_blocks: int, block_size: int, num_tail_tokens: int, widths:
 def mask_figure(numbers: dict[str, Any]) -> "Figure":
     """The two masks, the positions that tokens share, and the numbers of [`mask_numbers`]."""
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
 
     shape = numbers["num_blocks"], numbers["block_size"], numbers["num_tail_tokens"]
     local, later = (mask.numpy() for mask in make_attention_masks(*shape))
     num_blocks, block_size, num_tail_tokens = shape
-    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure = new_figure(13, 5)
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.75))
     full = numbers["entries"]["full"]
     for axes, mask, name, title in (
@@ -226,25 +210,27 @@ def mask_figure(numbers: dict[str, Any]) -> "Figure":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the masks. Returns the exit code: 0, or 2 for a mistake the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainers.in_context_figures", description="Draw the masks of the low-rank model."
-    )
-    parser.add_argument("path", type=Path, help="PNG file to write; a JSON file of the same name goes beside it")
-    parser.add_argument("--num_tables", type=int, default=20, help="tables in a prompt (default: %(default)s)")
-    parser.add_argument("--num_columns", type=int, default=3, help="columns of a table (default: %(default)s)")
-    options = parser.parse_args(argv)
-    for name, least in (("num_tables", 1), ("num_columns", 1)):
-        if getattr(options, name) < least:
-            print(f"error: --{name} is {getattr(options, name)}; it must be at least {least}", file=sys.stderr)
-            return 2
-    if options.path.suffix != ".png" or not options.path.parent.is_dir():
-        print(f"error: {options.path}: must be a .png file in a folder that exists", file=sys.stderr)
-        return 2
-    numbers = mask_numbers(options.num_tables, options.num_columns + 1, NUM_TAIL_TOKENS, WIDTHS)
-    write_figure(options.path, mask_figure(numbers), numbers)
-    print(json_text(numbers), end="")
-    return 0
+    """Draw the masks. Returns the exit code: 0, 2 for a mistake the user can mend, 130 for Ctrl-C."""
+
+    def work() -> int:
+        parser = CommandParser(
+            prog="python -m trainers.in_context_figures", description="Draw the masks of the low-rank model."
+        )
+        parser.add_argument("path", type=Path, help="PNG file to write; a JSON file of the same name goes beside it")
+        parser.add_argument("--num_tables", type=int, default=20, help="tables in a prompt (default: %(default)s)")
+        parser.add_argument("--num_columns", type=int, default=3, help="columns of a table (default: %(default)s)")
+        options = parser.parse_args(argv)
+        for name in ("num_tables", "num_columns"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+        if options.path.suffix != ".png" or not options.path.parent.is_dir():
+            raise UserError(f"{options.path}: must be a .png file in a folder that exists")
+        numbers = mask_numbers(options.num_tables, options.num_columns + 1, NUM_TAIL_TOKENS, WIDTHS)
+        save_with_numbers(mask_figure(numbers), options.path, numbers)
+        print(json_text(numbers), end="")
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

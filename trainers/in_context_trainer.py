@@ -1,6 +1,6 @@
 """The Trainer of in-context models: prompts that are generated in the order of use, losses by level."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -130,10 +130,3 @@ def longest_prompt_metric(metric: str) -> Callable[[EvalPrediction], dict[str, f
         return {"error": float(np.square(logits - labels, dtype=np.float64).mean())}
 
     return compute
-
-
-def evenly_spaced(numbers: Sequence[int], most: int = 6) -> list[int]:
-    """At most `most` of the numbers, evenly spaced, with the first and the last."""
-    if len(numbers) <= most:
-        return list(numbers)
-    return [numbers[round(i * (len(numbers) - 1) / (most - 1))] for i in range(most)]

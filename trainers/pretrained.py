@@ -1,16 +1,43 @@
-"""Token embeddings of a pretrained model as the starting point of a model with another vocabulary."""
+"""Starting from pretrained weights: all of a model's, or its token embeddings where the vocabulary is another."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import UserError
+from .arguments import Recipe
+from .errors import UserError, one_line
 from .loading import load_model
 
 SPECIAL_ROLES = ("pad_token", "bos_token", "eos_token", "unk_token")
+
+
+def pretrained_model(recipe: Recipe, auto_class: Any) -> PreTrainedModel:
+    """The model that a recipe's `model.pretrained` names, in float32.
+
+    Args:
+        recipe: of any kind.
+        auto_class: loads the head that its task needs.
+
+    Raises:
+        UserError: if it cannot be loaded, or is of another architecture than the recipe says.
+    """
+    try:
+        model = auto_class.from_pretrained(
+            recipe.pretrained,
+            revision=recipe.pretrained_revision,
+            trust_remote_code=recipe.trust_remote_code,
+            dtype=torch.float32,
+        )
+    except Exception as error:  # a damaged file raises whatever its reader happens to meet
+        raise UserError(f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
+    if model.config.model_type != recipe.model_type:
+        raise UserError(
+            f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a {model.config.model_type}"
+        )
+    return model
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .arguments import DISPLAY_FIELDS, Recipe, precision_of, user_errors_from_va
 from .distributed import on_main_process
 from .errors import UserError, one_line
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
+from .loading import load_model
 from .run_trainer import RunTrainer, last_complete_checkpoint
 from .tracking import make_tracker, write_internals
 
@@ -356,7 +357,15 @@ class TrainingRun(ABC):
         """The test results of `metrics.json` as aligned text below a line that says what they are."""
 
     def write_reports(self, folder: Path, metrics: dict[str, Any]) -> None:  # noqa: B027 (optional)
-        """Write what the kind has to show besides the numbers, below `folder / "internals"`. Here: nothing."""
+        """Write what the kind has to show besides the numbers, below `folder / "internals"`. Here: nothing.
+
+        It is called on the main process alone, with the whole model in `self.model`.
+        """
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes may hold the model together, each a part of it."""
+        return self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
 
     def data_fingerprint(self) -> str:
         """SHA-256 over the data of all splits, in order."""
@@ -453,6 +462,10 @@ class TrainingRun(ABC):
             # A pickle that only `Trainer` itself reads, and only from checkpoints.
             (folder / "training_args.bin").unlink(missing_ok=True)
             write_records(folder / "predictions.jsonl", evaluation.records)
+            if self.sharded:
+                # One process alone cannot run what all of them hold together: it would wait for the others.
+                device = self.recipe.training.device
+                self.model, _ = load_model(str(folder), needs_tokenizer=False, device=device)
             self.write_reports(folder, metrics)
             write_text(folder / "metrics.json", json_text(metrics))
             write_card(folder)

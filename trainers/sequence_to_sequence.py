@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from huggingface_hub.dataclasses import strict
 from torch.utils.data import Dataset
 from transformers import (
@@ -32,7 +31,7 @@ from .evaluation import (
     score_trivial,
     summarise,
 )
-from .pretrained import embeddings_from
+from .pretrained import embeddings_from, pretrained_model
 from .run import Evaluation, TrainingRun, say
 from .stability import ExplodingLoss
 from .tasks import Example, Task, TaskArguments, get_task
@@ -117,19 +116,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         UserError: if it cannot be loaded or built, or does not fit the tokenizer or the task's lengths.
     """
     if recipe.pretrained is not None:
-        try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(
-                recipe.pretrained,
-                revision=recipe.pretrained_revision,
-                trust_remote_code=recipe.trust_remote_code,
-                dtype=torch.float32,
-            )
-        except Exception as error:  # a damaged file raises whatever its reader happens to meet
-            raise UserError(f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
-        if model.config.model_type != recipe.model_type:
-            raise UserError(
-                f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a {model.config.model_type}"
-            )
+        model = pretrained_model(recipe, AutoModelForSeq2SeqLM)
         known = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > known:
             raise UserError(

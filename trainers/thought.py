@@ -11,9 +11,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedModel, default_data_collator, set_seed
 
-from .arguments import EvaluationArguments, Kind, one_line, user_errors_from_validation
+from model_cards.words import aligned
+
+from .arguments import EvaluationArguments, Kind, user_errors_from_validation
 from .errors import UserError
-from .in_context_figures import write_figure
+from .figures import save_with_numbers
+from .pretrained import pretrained_model
 from .run import Evaluation, TrainingRun, say
 from .statistics import proportion
 from .tasks.thought import ThoughtExamples, ThoughtTask, ThoughtTaskArguments, get_thought_task
@@ -127,23 +130,8 @@ class ThoughtRun(TrainingRun):
         head = HEADS[task.head]
         self.matching = ""
         if recipe.pretrained is not None:
-            try:
-                model = head.from_pretrained(
-                    recipe.pretrained,
-                    revision=recipe.pretrained_revision,
-                    trust_remote_code=recipe.trust_remote_code,
-                    dtype=torch.float32,
-                )
-            except Exception as error:  # a damaged file raises whatever its reader happens to meet
-                raise UserError(
-                    f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}"
-                ) from error
+            model = pretrained_model(recipe, head)
             shape = task.config_values()["prediction_reshaper"]
-            if model.config.model_type != recipe.model_type:
-                raise UserError(
-                    f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a "
-                    f"{model.config.model_type}"
-                )
             if model.config.prediction_shape != shape:
                 raise UserError(
                     f"model.pretrained: {recipe.pretrained!r} answers in the shape {model.config.prediction_shape}, "
@@ -187,7 +175,7 @@ class ThoughtRun(TrainingRun):
             thoughts = cast(Thoughts, self.trainer.predict(examples).predictions)
             records = make_records(self.task, examples, thoughts)
             sections[split] = summarise_thoughts(self.task, examples, thoughts, records, trivial, confidence)
-        if self.stops_early and self.trainer.is_world_process_zero():
+        if self.stops_early and (self.sharded or self.trainer.is_world_process_zero()):
             sections["test"]["stopping"] = self.measure_stopping(self.splits["test"], confidence)
         example = None
         picture = self.splits["validation"].picture(0)
@@ -288,22 +276,20 @@ class ThoughtRun(TrainingRun):
             if entry["threshold"] is not None:
                 rows.append(row(f"stopping at {entry['threshold']:g}", entry["accuracy"], entry["mean_steps"]))
         rows.append(row("trivial", test["trivial"]["accuracy"], None))
-        widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
         notes = [
             f"positions right {test['position_accuracy']:.4f}, calibration error "
             f"{test['calibration']['answer_tick']['ece']:.4f}",
             f"trivial = {test['trivial']['name']}",
         ]
-        return "\n".join(["test split, share of answers with every position right:", *lines, *notes])
+        return "\n".join(["test split, share of answers with every position right:", aligned(rows), *notes])
 
     def write_reports(self, folder: Path, metrics: dict[str, Any]) -> None:
         internals = folder / "internals"
         internals.mkdir(exist_ok=True)
         test = metrics["test"]
-        write_figure(internals / "ticks.png", tick_figure(test), {"per_tick": test["per_tick"]})
+        save_with_numbers(tick_figure(test), internals / "ticks.png", {"per_tick": test["per_tick"]})
         if "stopping" in test:
-            write_figure(internals / "stopping.png", stopping_figure(test["stopping"]), test["stopping"])
+            save_with_numbers(stopping_figure(test["stopping"]), internals / "stopping.png", test["stopping"])
         examples = self.splits["test"]
         shown = min(self.recipe.evaluation.shown_examples, len(examples))
         if self.recipe.model_type not in MACHINES or shown == 0:
@@ -315,15 +301,15 @@ class ThoughtRun(TrainingRun):
     def _write_watched(internals: Path, number: int, watched: Watched) -> None:
         """The pictures of one example's thinking."""
         numbers = watched.numbers()
-        write_figure(internals / f"neurons_{number}.png", neuron_figure(watched), numbers["neurons"])
-        write_figure(
-            internals / f"synchronisation_{number}.png", synchronisation_figure(watched), numbers["synchronisation"]
+        save_with_numbers(neuron_figure(watched), internals / f"neurons_{number}.png", numbers["neurons"])
+        save_with_numbers(
+            synchronisation_figure(watched), internals / f"synchronisation_{number}.png", numbers["synchronisation"]
         )
-        write_figure(internals / f"attention_{number}.png", attention_strip(watched), numbers["attention"])
+        save_with_numbers(attention_strip(watched), internals / f"attention_{number}.png", numbers["attention"])
         if watched.picture is not None:
             write_animation(internals / f"attention_{number}.gif", attention_frames(watched))
         if watched.contexts is not None:
-            write_figure(internals / f"dynamic_weights_{number}.png", weight_figure(watched), numbers["contexts"])
+            save_with_numbers(weight_figure(watched), internals / f"dynamic_weights_{number}.png", numbers["contexts"])
 
 
 KIND = Kind(

@@ -8,32 +8,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .figures import COLOURS, new_figure, whole_numbers
+from .files import replacing
 from .thought_watching import MOST_NEURONS, MOST_PAIRS, Watched, most_varying
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACCURACY, POSITIONS, CERTAINTY = "#1b9e77", "#7570b3", "#d95f02"
+POSITIONS, CERTAINTY, ACCURACY = COLOURS[:3]
 STRIP_FRAMES = 8
 STRIP_COLUMNS = 4
 FRAME_SECONDS = 0.35
 LAST_FRAME_SECONDS = 2.0
 
 
-def new_figure(width: float = 8, height: float = 4.5) -> "Figure":
-    """An empty figure of a size in inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def label_ticks(axes: "Axes") -> None:
     """Give an axis of ticks its name and whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlabel("tick")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(axes.xaxis)
 
 
 def tick_figure(test: dict[str, Any]) -> "Figure":
@@ -227,6 +220,5 @@ def write_animation(path: Path, frames: Iterator[Image.Image]) -> None:
     """Write frames as an animated GIF that repeats; the last one stays for longer."""
     first, *others = frames
     durations = [int(1000 * FRAME_SECONDS)] * len(others) + [int(1000 * LAST_FRAME_SECONDS)]
-    aside = path.with_name(f".{path.name}")
-    first.save(aside, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
-    aside.replace(path)
+    with replacing(path) as aside:
+        first.save(aside, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

@@ -25,7 +25,7 @@ from hf_models.in_context_transformer import InContextTransformerConfig, LowRank
 from hf_models.vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from model_cards import card as card_module
 from model_cards.architectures import ARCHITECTURES
-from model_cards.card import TEMPLATE, compare_scores, duration, main, render_card, thin, write_card
+from model_cards.card import TEMPLATE, compare_scores, main, render_card, write_card
 from model_cards.markdown import python_string
 from model_cards.run_folder import CardError, RunFolder, Score
 from tests.hub_server import HubServer
@@ -387,18 +387,6 @@ class TestContent:
         assert "- [internals/figures/by hop.png](internals/figures/by%20hop.png)" in reports
         assert ".hidden" not in reports
         assert "- and 13 more files in the same folders" in reports
-
-    def test_duration(self):
-        assert [duration(s) for s in (41.23, 101.2, 3599.6, 7500)] == [
-            "41.2 s",
-            "1 min 41 s",
-            "1 h 00 min",
-            "2 h 05 min",
-        ]
-
-    def test_thin(self):
-        assert thin(range(5), 12) == [0, 1, 2, 3, 4]
-        assert thin(range(100), 4) == [0, 33, 66, 99]
 
 
 HOSTILE = [

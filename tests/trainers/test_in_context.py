@@ -37,7 +37,6 @@ from trainers.in_context_figures import mask_numbers
 from trainers.in_context_trainer import (
     InContextTrainer,
     InContextTrainingArguments,
-    evenly_spaced,
     longest_prompt_metric,
 )
 from trainers.tasks.in_context import (
@@ -402,14 +401,6 @@ def test_evaluation_during_training(tmp_path):
         errors = (model(**batch).logits[..., 0] - batch["labels"]).square()
     assert found["eval_loss"] == pytest.approx(errors.mean().item(), rel=1e-4)
     assert found["eval_error"] == pytest.approx(errors[:, -1].mean().item(), rel=1e-4)
-
-
-def test_evenly_spaced():
-    assert evenly_spaced(range(4)) == [0, 1, 2, 3]
-    assert evenly_spaced(range(41)) == [0, 8, 16, 24, 32, 40]
-
-
-# Evaluation
 
 
 def test_queries_are_asked_one_by_one():

@@ -398,9 +398,7 @@ def test_places_of_models_and_data_are_not_recorded(tmp_path):
     recipe.pretrained = "/elsewhere/weights"
     check_same_recipe(recipe, record)
     recipe.pretrained = "someone/weights"
-    with pytest.raises(
-        UserError, match=r"--resume: model\.pretrained is 'someone/weights' but the run"
-    ):
+    with pytest.raises(UserError, match=r"--resume: model\.pretrained is 'someone/weights' but the run"):
         check_same_recipe(recipe, record)
 
 
@@ -454,6 +452,15 @@ def test_tracking_leaves_reports_and_the_same_weights(run, tmp_path):
     assert "internals/index.html" in (target / "README.md").read_text()
     assert not (out / "internals" / "index.html").exists()
     assert "internals/connections.png" in (out / "README.md").read_text()
+
+
+def test_reports_of_a_sharded_model_look_at_the_saved_one(run, tmp_path, monkeypatch):
+    """One process alone cannot run what all hold together; what it loads in its place gives the same reports."""
+    recipe, out = run
+    monkeypatch.setattr(TrainingRun, "sharded", True)
+    assert main([str(recipe), "--output_dir", str(tmp_path / "out")]) == 0
+    name = Path("internals") / "connection_analysis.json"
+    assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((out / name).read_text())
 
 
 def test_unknown_module_to_track(run, tmp_path, capsys):

@@ -13,10 +13,10 @@ How a training run uses it:
     write_internals(tracker, run_folder, trainer.state.log_history)
 """
 
+from ..figures import save_figure
 from .analyzer import TransformerAnalyzer
 from .arguments import TrackingArguments
 from .attention import attention_rollout, attention_statistics, head_class, head_similarity
-from .figures import save_figure
 from .gradients import gradient_flow
 from .linear_probe import probe_layers
 from .report import make_report, write_internals

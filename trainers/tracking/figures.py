@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..coupling.figures import save_figure
+from model_cards.words import thin
+
+from ..figures import MARKERS, new_figure, printable, whole_numbers
 from .attention import HEAD_CLASSES
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def attention_evolution(maps: Mapping[int, Maps], records: Sequence[Record]) -> 
         records: of the run.
     """
     by_step = {record["step"]: record for record in records}
-    steps = _spread([step for step in sorted(maps) if step in by_step], MOST_STEPS)
+    steps = thin([step for step in sorted(maps) if step in by_step], MOST_STEPS)
     names = [name for name in maps[steps[0]] if all(name in maps[step] for step in steps)][:MOST_MODULES]
     figure, grid = _grid(len(names) * len(steps), len(steps), 2.3, 2.4, titled=1.1)
     image = None
@@ -154,7 +156,7 @@ def attention_statistics_evolution(records: Sequence[Record]) -> "Figure":
         values = np.array([count[kind] for count in counts], dtype=np.float64)
         grid[2].bar(places, values, 0.9, bottom=bottom, color=_COLOURS[kind], label=kind)
         bottom += values
-    shown = _spread(list(places), 8)
+    shown = thin(list(places), 8)
     grid[2].set_xticks(shown, [str(steps[place]) for place in shown])
     grid[2].set_xlabel("update step")
     grid[2].set_ylabel("number of heads")
@@ -216,13 +218,12 @@ def layer_contributions(records: Sequence[Record]) -> "Figure":
 def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
     """Gradients by depth at several steps, gradients at the layers' outputs, and the size of the updates."""
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
 
     figure, grid = _grid(3, 3, 4.8, 3.9)
-    chosen = _spread(list(range(len(records))), MOST_STEPS)
+    chosen = thin(list(range(len(records))), MOST_STEPS)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(chosen)))
     stacks = list(dict.fromkeys(e["stack"] for e in records[-1]["gradients"]["layers"].values() if e["stack"]))
-    markers = dict(zip(stacks, ("o", "s", "^", "v", "D", "P"), strict=False))
+    markers = dict(zip(stacks, MARKERS, strict=False))
     for colour, index in zip(colours, chosen, strict=True):
         record = records[index]
         for stack in stacks:
@@ -253,7 +254,7 @@ def gradient_flow_chart(records: Sequence[Record]) -> "Figure":
         axes.set_xlabel(across)
         axes.set_ylabel(label)
         if axes is not grid[2]:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            whole_numbers(axes.xaxis)
     for stack in stacks:
         grid[1].plot([], [], color="0.3", marker=markers.get(stack, "o"), markersize=4, linewidth=1, label=stack)
     for axes in grid:
@@ -293,10 +294,8 @@ def training_curves(loss_history: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def _grid(count: int, columns: int, width: float, height: float, titled: float = 0.6) -> tuple["Figure", "list[Axes]"]:
-    from matplotlib.figure import Figure
-
     rows = max(1, -(-count // max(1, columns)))
-    figure = Figure(figsize=(columns * width + 0.8, rows * height + titled), layout="constrained")
+    figure = new_figure(columns * width + 0.8, rows * height + titled)
     axes = list(figure.subplots(rows, max(1, columns), squeeze=False).flat)
     for unused in axes[count:]:
         unused.set_axis_off()
@@ -319,7 +318,7 @@ def _label_tokens(
         (shape[1], keys, axes.set_xticks, 90),
         (shape[0], queries, axes.set_yticks, 0),
     ):
-        labels = [_plain(text) for text in texts[:count]] or [str(place) for place in range(count)]
+        labels = [printable(text) for text in texts[:count]] or [str(place) for place in range(count)]
         set_ticks(range(len(labels)), labels, fontsize=size, rotation=rotation)
 
 
@@ -342,21 +341,8 @@ def _array(weights: Any) -> np.ndarray:
     return weights.float().numpy() if hasattr(weights, "float") else np.asarray(weights, dtype=np.float64)
 
 
-def _spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, evenly spread, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[place] for place in np.linspace(0, len(values) - 1, most).round().astype(int)]
-
-
 def _abbreviated(name: str) -> str:
     return name.replace("encoder.layers.", "enc ").replace("decoder.layers.", "dec ")
-
-
-def _plain(text: str, most: int = 12) -> str:
-    # A dollar sign would begin a formula.
-    text = text if len(text) <= most else f"{text[: most - 1]}…"
-    return text.replace("$", r"\$")
 
 
 __all__ = [
@@ -367,6 +353,5 @@ __all__ = [
     "layer_contributions",
     "multi_head_comparison",
     "qkv_evolution",
-    "save_figure",
     "training_curves",
 ]

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..distributed import on_main_process
 from ..errors import UserError
+from ..figures import save_figure
 from ..files import json_text, write_text
 from . import figures
 from .attention import class_counts
@@ -177,6 +178,6 @@ def draw(folder: Path, records: Sequence[Mapping[str, Any]], maps: Mapping[int, 
         if stale.stem not in pictures:
             stale.unlink()
     for name, make in pictures.items():
-        figures.save_figure(make(), folder / f"{name}.png")
+        save_figure(make(), folder / f"{name}.png")
     images = {name: (folder / f"{name}.png").read_bytes() for name in pictures}
     write_text(folder / "index.html", make_page(report, images))

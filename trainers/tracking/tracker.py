@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..coupling.capture import evaluation_mode
 from ..errors import UserError
-from ..files import write_text
+from ..files import json_line, replacing, write_text
 from .arguments import TrackingArguments
 from .capture import merge
 from .gradients import WeightMeter
@@ -120,8 +120,6 @@ class InternalsTracker(TrainerCallback):
         self._started = time.perf_counter()
         self._earlier = 0.0
         self._seconds = 0.0
-
-    # -- in a loop of one's own ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> "InternalsTracker":
         self.resume(0)
@@ -240,8 +238,6 @@ class InternalsTracker(TrainerCallback):
             self._recorder.__exit__()
             self._recorder = None
 
-    # -- as a callback ------------------------------------------------------------------------------------------------
-
     def on_train_begin(self, args, state, control, **kwargs):
         self.resume(state.global_step)
 
@@ -261,8 +257,6 @@ class InternalsTracker(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
-    # -- the parts ----------------------------------------------------------------------------------------------------
-
     def resume(self, step: int) -> None:
         """Begin, or go on after an update step: what was recorded after it is dropped and will be recorded again."""
         self._started = time.perf_counter()
@@ -271,7 +265,7 @@ class InternalsTracker(TrainerCallback):
         self._earlier = records[-1]["training_seconds"] if records else 0.0
         self._kept.extend(records)
         if self.folder is not None and _is_main_process() and (self.folder / RECORDS).exists():
-            write_text(self.folder / RECORDS, "".join(_line(record) for record in records))
+            write_text(self.folder / RECORDS, "".join(map(json_line, records)))
             for path in self._map_files():
                 if _step_of(path) > step:
                     path.unlink()
@@ -304,9 +298,8 @@ class InternalsTracker(TrainerCallback):
             folder = self.folder / "maps"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{number:08d}.safetensors"
-            aside = path.with_suffix(".aside")
-            save_file({name: weights.half().cpu() for name, weights in recorder.maps.items()}, aside)
-            aside.rename(path)
+            with replacing(path) as aside:
+                save_file({name: weights.half().cpu() for name, weights in recorder.maps.items()}, aside)
             self._thin_out(number)
 
     def _token_texts(self, recorder: Recorder) -> dict[str, list[str]]:
@@ -371,7 +364,7 @@ class InternalsTracker(TrainerCallback):
 
     def _keep(self, record: dict[str, Any]) -> None:
         # What is read back from the file and what is in memory are the same: NaN is null in both.
-        line = _line(record)
+        line = json_line(record)
         if self.folder is None:
             self._kept.append(json.loads(line))
         elif _is_main_process():
@@ -439,12 +432,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def _line(record: dict[str, Any]) -> str:
-    # JSON has no NaN and no infinity: read back, these are null.
-    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def _nonfinite_gradients(record: Mapping[str, Any]) -> list[dict[str, str]]:
