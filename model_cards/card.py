@@ -203,7 +203,7 @@ def _introduction(run: RunFolder, architecture: Architecture) -> str:
     total = run.metrics.section("parameters").count("total")
     task = run.metrics.section("task").text("name")
     pretrained = run.recipe.section("model").maybe_text("pretrained")
-    if pretrained and os.path.isabs(pretrained):
+    if pretrained and (os.path.isabs(pretrained) or pretrained.startswith("./")):
         pretrained = Path(pretrained).name  # the rest of the path tells only about one machine
     start = f"starting from {code(pretrained)}" if pretrained else "from random weights"
     version = run.metrics.section("versions").maybe_text("adaptive_reasoners")

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 import typing
@@ -34,14 +33,13 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import __version__
 from .arguments import check_value
 from .command import CommandParser, run_command
 from .errors import UserError, did_you_mean, one_line
 from .evaluation import decode_predictions, results_table, score_predictions, score_trivial, summarise
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
 from .loading import load_model
-from .run import empty_folder, read_record, say
+from .run import empty_folder, read_record, say, versions
 from .tasks import Example, Task, TaskArguments, get_task
 from .tasks.base import tokenize
 
@@ -435,12 +433,7 @@ def _run(plan: Plan, claim: contextlib.ExitStack) -> dict[str, Any]:
         arguments.split: summarise(records, plan.confidence, trivial, most, truncated, task),
         "data": dataclasses.asdict(task.report(arguments.split)),
         "generation": {key: settings[key] for key in ("template", "stop", "max_new_tokens", "num_beams", "dtype")},
-        "versions": {
-            "adaptive_reasoners": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
     write_records(folder / "predictions.jsonl", records)
     write_text(folder / "metrics.json", json_text(metrics))

@@ -86,6 +86,16 @@ def hardware(training: TrainingArguments) -> str:
     return f"{processes}{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
+def versions() -> dict[str, str]:
+    """What a result was computed with: name -> version."""
+    return {
+        "adaptive_reasoners": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def git_revision() -> str | None:
     """Commit of the source tree the code runs from, with `+changes` if files differ; `None` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -436,12 +446,7 @@ class TrainingRun(ABC):
             "validation": evaluation.validation,
             "test": evaluation.test,
             **({} if evaluation.example is None else {"example": evaluation.example}),
-            "versions": {
-                "adaptive_reasoners": __version__,
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "loss_history": [
                 {name: value for name, value in entry.items() if name in shown}
                 for entry in state.log_history

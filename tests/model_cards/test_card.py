@@ -128,10 +128,11 @@ class TestFrontMatter:
         card = render_card(write_run(tmp_path, "vanilla_transformer", recipe=recipe))
         assert "base_model" not in front_matter(card)
         assert "starting from `outputs/other`" in card
-        recipe["model"]["pretrained"] = "/home/somebody/other"
-        card = render_card(write_run(tmp_path, "vanilla_transformer", recipe=recipe))
-        assert "starting from `other`" in card
-        assert "somebody" not in card
+        for local in ("/home/somebody/other", "./other"):
+            recipe["model"]["pretrained"] = local
+            card = render_card(write_run(tmp_path, "vanilla_transformer", recipe=recipe))
+            assert "starting from `other`" in card
+            assert "somebody" not in card
 
     def test_takes_another_licence(self, tmp_path):
         card = render_card(write_run(tmp_path, "vanilla_transformer"), license="cc-by-nc-sa-4.0")
