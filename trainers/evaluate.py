@@ -204,6 +204,7 @@ def make_plan(arguments: EvaluateArguments, task_values: dict[str, Any]) -> Plan
     name = arguments.task or recorded.get("name")
     if name is None:
         raise UserError("--task is missing, and the model is no run of a task")
+    _refuse_code_of(run, arguments, task_values)
     known = {item.name for item in dataclasses.fields(TaskArguments)}
     values = {key: value for key, value in recorded.items() if key in known} if recorded.get("name") == name else {}
     # A teacher's answers are there to learn from. Of an absolute path to the data only the last part is recorded.
@@ -239,6 +240,29 @@ def make_plan(arguments: EvaluateArguments, task_values: dict[str, Any]) -> Plan
         confidence=float(arguments.confidence or evaluation.get("confidence") or 0.95),
         source_limit=values.get("max_source_length"),
     )
+
+
+def _refuse_code_of(run: dict[str, Any], arguments: EvaluateArguments, task_values: dict[str, Any]) -> None:
+    """A run may come from somebody else: Python files that its record names are run only if the user names them.
+
+    Raises:
+        UserError: if such a file would be run.
+    """
+    recorded = run.get("task") or {}
+    options = recorded.get("options")
+    components = options.get("components") if isinstance(options, dict) else None
+    inside = [part.get("name") for part in components or () if isinstance(part, dict)]
+    another = arguments.task not in (None, recorded.get("name"))
+    for option, names, given in (
+        ("task", [recorded.get("name")], arguments.task is not None),
+        ("options", inside, another or "options" in task_values),
+    ):
+        file = next((name for name in names if isinstance(name, str) and name.endswith(".py")), None)
+        if file is not None and not given:
+            raise UserError(
+                f"--{option} is missing: the run's task is the Python file {file}; what it holds is run only if you "
+                f"name it in --{option}"
+            )
 
 
 class Generator:

@@ -204,7 +204,7 @@ def check_same_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
         UserError: naming the first field that differs, with both values.
     """
     now = _without_places(recipe.as_dict())
-    difference = first_difference(now, {section: record.get(section) for section in now})
+    difference = first_difference(now, _without_places({section: record.get(section) for section in now}))
     if difference is not None:
         field, ours, theirs = difference
         raise UserError(f"--resume: {field} is {ours!r} but the run was started with {theirs!r}")
@@ -243,11 +243,11 @@ def _without_places(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     """A recipe's sections with no more than the last part of every absolute path in them."""
 
     def data(value: Any) -> Any:
-        # The components of a mixture are task sections too.
+        # The components of a mixture are task sections too, and a task's name may be that of a Python file.
         if isinstance(value, dict):
+            places = {name for name in (*DATA_FIELDS, "name") if isinstance(value.get(name), str)}
             return {
-                name: _without_folders(content) if name in DATA_FIELDS and isinstance(content, str) else data(content)
-                for name, content in value.items()
+                name: _without_folders(content) if name in places else data(content) for name, content in value.items()
             }
         return [data(content) for content in value] if isinstance(value, list) else value
 

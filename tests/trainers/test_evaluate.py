@@ -247,6 +247,20 @@ def test_mistakes_are_one_line(models, tmp_path, capsys, words, rule):
     assert not (tmp_path / "out").exists()
 
 
+def test_python_files_that_a_record_names_are_not_run_unasked(tmp_path, capsys):
+    file, run = tmp_path / "task.py", tmp_path / "run"
+    file.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    run.mkdir()
+    mixture = {"name": "mixture", "options": {"components": [{"name": str(file)}, {"name": "gsm8k"}]}}
+    for task, option in (({"name": str(file)}, "--task"), (mixture, "--options")):
+        record = {"task": task, "provenance": {"data_fingerprint": ""}}
+        (run / "recipe.yaml").write_text(yaml.safe_dump(record))
+        assert f"{option} is missing: the run's task is the Python file {file}" in error_of(capsys, run)
+        assert not (tmp_path / "ran").exists()
+    assert "must define one task" in error_of(capsys, run, "--task", file)
+    assert (tmp_path / "ran").exists()
+
+
 def test_without_a_training_split_there_is_no_trivial_predictor(models, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.jsonl").write_text('{"question": "Is it?", "answer": true}\n')
