@@ -101,7 +101,10 @@ def ripple_chart(validation: dict[str, Any]) -> "Figure":
         validity.plot(
             gains, [size["spearman"][key]["median"] for size in sizes], marker="o", label=f"Spearman, {label}"
         )
-    validity.plot(gains, [size["sign_agreement"]["value"] for size in sizes], marker="s", label="share of right signs")
+    signs = [size["sign_agreement"]["value"] for size in sizes]
+    # Hollow and larger, since the prediction's curve often lies under it.
+    hollow = {"marker": "s", "markersize": 10, "markerfacecolor": "none", "linestyle": "--"}
+    validity.plot(gains, signs, label="share of right signs", **hollow)
     validity.axvspan(0.1, 0.5, color="0.9", label="small edits")
     validity.set_xscale("log")
     validity.set_ylim(-0.1, 1.05)
