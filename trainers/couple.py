@@ -9,7 +9,6 @@
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -24,22 +23,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
-from . import __version__
-from .arguments import check_value, one_line
+from .arguments import check_value
+from .command import CommandParser, run_command
 from .coupling import READERS, Coupling, CouplingAnalyzer, PieceSet, read_pieces
 from .coupling.analyzer import DEFAULT_MEMORY, SMALLEST_MEMORY, started_processes
-from .coupling.figures import distribution, heat_map, ripple_chart, save_figure
+from .coupling.figures import distribution, heat_map, ripple_chart
 from .coupling.page import make_page
 from .coupling.report import HIGH_COUPLING, LOW_COUPLING, make_report, representatives
 from .coupling.ripple import SIZES, EditKind, validate
-from .errors import UserError, did_you_mean
-from .files import write_text
+from .distributed import on_main_process
+from .errors import UserError, did_you_mean, one_line
+from .figures import save_figure
+from .files import json_text, write_text
 from .loading import language_model_class, load_model
+from .run import versions
 
 REPORT = "coupling_report.json"
 
@@ -51,7 +52,10 @@ class CoupleArguments:
 
     model: str = field(metadata={"help": "Hub id, folder, run folder or .gguf file of a language model."})
     dataset: str = field(metadata={"help": "A data set of --list, or a .jsonl file with question and answer."})
-    output: str = field(default="coupling", metadata={"help": "Folder for the report; made if it does not exist."})
+    output: str = field(
+        default="coupling",
+        metadata={"also": ["--output_dir"], "help": "Folder for the report; made if it does not exist."},
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder or file with the data set's rows."})
     split: str | None = field(default=None, metadata={"help": "Split of the data set; default is its own."})
     max_samples: int = field(default=100, metadata={"help": "Take the pieces of the first so many rows."})
@@ -172,11 +176,6 @@ def sizes_of(text: str) -> list[float]:
     return sizes
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def parse(argv: Sequence[str]) -> CoupleArguments:
     """A command line as checked arguments.
 
@@ -184,7 +183,8 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
         UserError: for an unknown option, or a value that breaks a rule.
         SystemExit: with code 0 for `--help` and `--list`.
     """
-    parser = _Parser(prog="python -m trainers.couple", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m trainers.couple", description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
     parser.add_argument("--list", action="store_true", help="show the data sets and end")
     fields = {item.metadata.get("flag", item.name): item for item in dataclasses.fields(CoupleArguments)}
     for name, item in fields.items():
@@ -192,7 +192,9 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
         default = "" if item.default in (dataclasses.MISSING, None) else f" Default: {item.default}."
         parser.add_argument(
             f"--{name}",
+            *item.metadata.get("also", ()),
             default=argparse.SUPPRESS,
+            dest=name,
             metavar=name.upper(),
             help=item.metadata["help"] + default,
             **({"nargs": "?", "const": "true"} if is_flag else {}),
@@ -234,9 +236,9 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
     """
     folder = Path(arguments.output).expanduser()
     found = read_pieces(arguments.dataset, arguments.data_dir, arguments.split, arguments.max_samples)
-    prepare(folder)
-    torch.set_float32_matmul_precision(arguments.matmul_precision)
     processes = started_processes(arguments.device == "cpu")
+    on_main_process(lambda: prepare(folder))
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
     device = arguments.device or (None if arguments.device_map else str(processes.device))
     model, tokenizer = load_model(
         arguments.model,
@@ -263,6 +265,8 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
     encoded = analyzer.encode(found.pieces)
     stored = analyzer.term_bytes(encoded)
     by_blocks = memory is not None or processes.num_processes > 1 or stored > physical_memory() / 2
+    if by_blocks:
+        on_main_process(lambda: check_space(folder, stored))
     if processes.is_main_process:
         print(f"pieces   {len(found.pieces)} of {found.rows} rows: {found.source}")
         for reason, number in found.left_out.items():
@@ -273,7 +277,6 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
         layers = analyzer.targets
         print(f"layers   {len(layers)} x {layers[-1].name}, {analyzer.dimension:,} numbers per gradient")
         if by_blocks:
-            check_space(folder, stored)
             print(
                 f"blocks   up to {stored / 1e9:.1f} GB on disk, {(memory or DEFAULT_MEMORY) / 1e9:.1f} GB in memory for"
                 f" each of {processes.num_processes} process(es)"
@@ -350,12 +353,7 @@ def write_report(
         "seed": arguments.seed,
         "memory": arguments.memory,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "adaptive_reasoners": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "command": " ".join(
             ["python -m trainers.couple", *(Path(word).name if os.path.isabs(word) else word for word in command)]
         ),
@@ -371,8 +369,8 @@ def write_report(
         write_text(folder / "coupling.html", make_page(coupling, report))
         if validation is not None:
             save_figure(ripple_chart(validation), folder / "ripple.png")
-            write_text(folder / "ripple_report.json", _json(validation))
-        write_text(folder / REPORT, _json(report))
+            write_text(folder / "ripple_report.json", json_text(validation))
+        write_text(folder / REPORT, json_text(report))
     except OSError as error:
         raise UserError(f"--output: cannot write to {folder}: {error.strerror}") from error
     return report
@@ -460,22 +458,18 @@ def _value(name: str, raw: str, expected: Any) -> Any:
     return check_value(f"--{name}", value, expected)
 
 
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend."""
+    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> int:
         arguments = parse(argv)
         report = run(arguments, argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if report:
-        print_summary(report, Path(arguments.output))
-    return 0
+        if report:
+            print_summary(report, Path(arguments.output))
+        return 0
+
+    return run_command(work, batch_option="--tokens_per_batch")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
 
-from .arguments import one_line
-from .errors import UserError
+from .errors import UserError, one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",

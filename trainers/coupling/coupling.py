@@ -1,10 +1,7 @@
 """The result of an analysis: how strongly the gradients of knowledge pieces agree."""
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..errors import UserError
+from ..files import replacing
 from .pieces import KnowledgePiece
 
 SCHEMA_VERSION = 2
@@ -246,20 +244,3 @@ def cosine(gram: np.ndarray) -> np.ndarray:
     cosines = gram / safe[:, None]
     cosines /= safe[None, :]
     return cosines
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path aside to write to; renamed to `path` when the block ends well, deleted when it does not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        os.chmod(aside, 0o644)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
+from ..files import replacing
 from .capture import LayerTerms
-from .coupling import replacing
 
 Parts = Mapping[str, torch.Tensor]
 
