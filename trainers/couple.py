@@ -2,16 +2,19 @@
 
     python -m trainers.couple --model gpt2 --dataset hotpotqa --max_samples 100 --output coupling/
     python -m trainers.couple --model outputs/run --dataset facts.jsonl --output outputs/run/coupling --validate 12
+    accelerate launch --num_processes 2 -m trainers.couple --model gpt2 --dataset musique --memory 4GB
 
 `--help` lists every option, `--list` every data set.
 """
 
 import argparse
 import dataclasses
-import json
+import math
 import os
 import platform
+import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,29 +23,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
-import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
-
-from . import __version__
-from .arguments import check_value, one_line
+from .arguments import check_value
+from .command import CommandParser, run_command
 from .coupling import READERS, Coupling, CouplingAnalyzer, PieceSet, read_pieces
-from .coupling.figures import distribution, heat_map, ripple_chart, save_figure
+from .coupling.analyzer import DEFAULT_MEMORY, SMALLEST_MEMORY, started_processes
+from .coupling.figures import distribution, heat_map, ripple_chart
 from .coupling.page import make_page
-from .coupling.report import HIGH_COUPLING, LOW_COUPLING, make_report
-from .coupling.ripple import EditKind, validate
-from .errors import UserError, did_you_mean
-from .files import write_text
+from .coupling.report import HIGH_COUPLING, LOW_COUPLING, make_report, representatives
+from .coupling.ripple import SIZES, EditKind, validate
+from .distributed import on_main_process
+from .errors import UserError, did_you_mean, one_line
+from .figures import save_figure
+from .files import json_text, write_text
+from .loading import language_model_class, load_model
+from .run import versions
 
 REPORT = "coupling_report.json"
 
@@ -54,7 +52,10 @@ class CoupleArguments:
 
     model: str = field(metadata={"help": "Hub id, folder, run folder or .gguf file of a language model."})
     dataset: str = field(metadata={"help": "A data set of --list, or a .jsonl file with question and answer."})
-    output: str = field(default="coupling", metadata={"help": "Folder for the report; made if it does not exist."})
+    output: str = field(
+        default="coupling",
+        metadata={"also": ["--output_dir"], "help": "Folder for the report; made if it does not exist."},
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder or file with the data set's rows."})
     split: str | None = field(default=None, metadata={"help": "Split of the data set; default is its own."})
     max_samples: int = field(default=100, metadata={"help": "Take the pieces of the first so many rows."})
@@ -70,14 +71,40 @@ class CoupleArguments:
     )
     stream: str = field(
         default="auto",
-        metadata={"help": "exact; top-8: keep eight tokens per piece and layer; auto: exact up to 500 pieces."},
+        metadata={
+            "help": "exact; top-8: eight tokens per piece and layer; sketch or sketch-4096: so many numbers per piece; "
+            "auto: exact up to 500 pieces, top-8 up to 5000, sketch beyond."
+        },
+    )
+    memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for gradients and inner products in each process, such as 4GB, besides the model and the "
+            "result. The work is then cut into blocks on disk, from which a killed run goes on. Default: all in memory "
+            "if that takes less than half of the machine's, else blocks of 2GiB."
+        },
     )
     bias: bool = field(default=True, metadata={"help": "Count the biases of the target layers."})
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
         default="float32", metadata={"help": "Number format of the model; inner products are float32 at least."}
     )
+    matmul_precision: Literal["highest", "high", "medium"] = field(
+        default="highest",
+        metadata={
+            "help": "How torch may round inside products of float32 matrices: the lower, the faster on some devices."
+        },
+    )
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; default is a GPU if any."})
-    tokens_per_batch: int = field(default=128, metadata={"help": "Tokens of a forward pass, padding included."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto, balanced, ...: spread a large model over all devices, in place of one."}
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a forward pass, padding included. Default: 128, or 256 if all target "
+            "layers lie in the upper half."
+        },
+    )
     revision: str | None = field(default=None, metadata={"help": "Hub revision of the model."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model's repository brings."})
     high: float | int = field(default=HIGH_COUPLING, metadata={"help": "Pairs with at least this coupling are high."})
@@ -88,14 +115,17 @@ class CoupleArguments:
     )
     edit: EditKind = field(
         default="answer",
-        metadata={"help": "Edit along the gradient of the answer, or of the new answer (replacement)."},
+        metadata={"help": "answer: along its gradient; replacement: along that of the new answer; lora: by adapters."},
+    )
+    edit_sizes: str = field(
+        default=",".join(map(str, SIZES)), metadata={"help": "Predicted own gains of the edits, in nats, by commas."}
     )
     edit_size: float | int = field(default=0.3, metadata={"help": "Predicted own gain of the charted edits, in nats."})
     seed: int = field(default=0, metadata={"help": "Of permutations, of the draw of edits and of their intervals."})
 
     def validate_ranges(self) -> None:
         for name in ("max_samples", "tokens_per_batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         if not -1 <= self.low <= self.high <= 1:
             raise ValueError(f"--low {self.low} and --high {self.high} must satisfy -1 <= low <= high <= 1")
@@ -103,6 +133,11 @@ class CoupleArguments:
             raise ValueError(f"--validate is {self.edits}; it must be at least 0")
         if self.edit_size <= 0:
             raise ValueError(f"--edit_size is {self.edit_size}; it must be above 0")
+        sizes_of(self.edit_sizes)
+        if self.memory is not None:
+            bytes_of(self.memory)
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("--device and --device_map cannot be given together")
         if self.device is not None:
             try:
                 torch.device(self.device)
@@ -110,9 +145,35 @@ class CoupleArguments:
                 raise ValueError(f"--device {self.device}: {one_line(error)}") from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
+def bytes_of(text: str) -> int:
+    """A number of bytes from a text such as "4GB", "512MiB" or "2e9".
+
+    Raises:
+        ValueError: for another text, or less than the smallest amount.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    if found is None:
+        raise ValueError(f"--memory is {text!r}; it must be a number of bytes, or a number with a unit, like 4GB")
+    base = 1024 if found[3] else 1000
+    value = int(float(found[1]) * base ** (" kmgt".index(found[2] or " ")))
+    if value < SMALLEST_MEMORY:
+        raise ValueError(f"--memory is {text}; it must be at least {SMALLEST_MEMORY >> 20}MiB")
+    return value
+
+
+def sizes_of(text: str) -> list[float]:
+    """The sizes of edits from a text such as "0.1,0.3".
+
+    Raises:
+        ValueError: for a text that is no list of numbers above 0.
+    """
+    try:
+        sizes = [float(word) for word in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(0 < size < math.inf for size in sizes):
+        raise ValueError(f"--edit_sizes is {text!r}; it must be numbers above 0, separated by commas")
+    return sizes
 
 
 def parse(argv: Sequence[str]) -> CoupleArguments:
@@ -122,7 +183,8 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
         UserError: for an unknown option, or a value that breaks a rule.
         SystemExit: with code 0 for `--help` and `--list`.
     """
-    parser = _Parser(prog="python -m trainers.couple", allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m trainers.couple", description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the same as --model")
     parser.add_argument("--list", action="store_true", help="show the data sets and end")
     fields = {item.metadata.get("flag", item.name): item for item in dataclasses.fields(CoupleArguments)}
     for name, item in fields.items():
@@ -130,7 +192,9 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
         default = "" if item.default in (dataclasses.MISSING, None) else f" Default: {item.default}."
         parser.add_argument(
             f"--{name}",
+            *item.metadata.get("also", ()),
             default=argparse.SUPPRESS,
+            dest=name,
             metavar=name.upper(),
             help=item.metadata["help"] + default,
             **({"nargs": "?", "const": "true"} if is_flag else {}),
@@ -161,49 +225,32 @@ def list_datasets() -> str:
     return "\n".join(lines)
 
 
-def load_model(arguments: CoupleArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer.
-
-    Raises:
-        UserError: in one line, whatever goes wrong: no such model, no access, no network, no language model.
-    """
-    name, options = arguments.model, {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model: {path} does not exist")
-        name, options = str(path.parent), {"gguf_file": path.name}
-    elif path.is_dir():
-        name = str(path)
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto_class.from_pretrained(name, dtype=getattr(torch, arguments.dtype), **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model: cannot load {arguments.model!r}: {one_line(error)[:300]}") from error
-    device = arguments.device or (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    )
-    try:
-        return model.to(device), tokenizer
-    except RuntimeError as error:
-        raise UserError(f"--device: cannot put the model on {device}: {one_line(error)[:200]}") from error
-
-
 def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, Any]:
     """Analyse, and write every file of the report into the output folder.
 
     Returns:
-        The report.
+        The report; nothing in a process that only helps the first one.
 
     Raises:
         UserError: naming option, file, row, piece or layer; nothing that stood in the folder is damaged.
     """
     folder = Path(arguments.output).expanduser()
     found = read_pieces(arguments.dataset, arguments.data_dir, arguments.split, arguments.max_samples)
-    prepare(folder)
-    model, tokenizer = load_model(arguments)
+    processes = started_processes(arguments.device == "cpu")
+    on_main_process(lambda: prepare(folder))
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
+    device = arguments.device or (None if arguments.device_map else str(processes.device))
+    model, tokenizer = load_model(
+        arguments.model,
+        auto_class=language_model_class,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        dtype=getattr(torch, arguments.dtype),
+        device=device,
+        device_map=arguments.device_map,
+        option="--model",
+    )
+    memory = bytes_of(arguments.memory) if arguments.memory else None
     analyzer = CouplingAnalyzer(
         model,
         tokenizer,
@@ -212,18 +259,33 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
         stream=arguments.stream,
         bias=arguments.bias,
         tokens_per_batch=arguments.tokens_per_batch,
-        progress=sys.stderr.isatty(),
+        memory=memory,
+        progress=sys.stderr.isatty() and processes.is_main_process,
     )
-    print(f"pieces   {len(found.pieces)} of {found.rows} rows: {found.source}")
-    for reason, number in found.left_out.items():
-        print(f"         {number} {reason}")
-    print(f"model    {type(model).__name__}, {model.num_parameters():,} parameters, {model.device}, {arguments.dtype}")
-    print(
-        f"layers   {len(analyzer.targets)} x {analyzer.targets[-1].name}, {analyzer.dimension:,} numbers per gradient"
-    )
+    encoded = analyzer.encode(found.pieces)
+    stored = analyzer.term_bytes(encoded)
+    by_blocks = memory is not None or processes.num_processes > 1 or stored > physical_memory() / 2
+    if by_blocks:
+        on_main_process(lambda: check_space(folder, stored))
+    if processes.is_main_process:
+        print(f"pieces   {len(found.pieces)} of {found.rows} rows: {found.source}")
+        for reason, number in found.left_out.items():
+            print(f"         {number} {reason}")
+        print(
+            f"model    {type(model).__name__}, {model.num_parameters():,} parameters, {model.device}, {arguments.dtype}"
+        )
+        layers = analyzer.targets
+        print(f"layers   {len(layers)} x {layers[-1].name}, {analyzer.dimension:,} numbers per gradient")
+        if by_blocks:
+            print(
+                f"blocks   up to {stored / 1e9:.1f} GB on disk, {(memory or DEFAULT_MEMORY) / 1e9:.1f} GB in memory for"
+                f" each of {processes.num_processes} process(es)"
+            )
     started = time.perf_counter()
-    coupling = analyzer.fit(found.pieces)
+    coupling = analyzer.fit(found.pieces, folder if by_blocks else None)
     seconds = time.perf_counter() - started
+    if not processes.is_main_process:
+        return {}
     validation = None
     if arguments.edits:
         validation = validate(
@@ -231,11 +293,35 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
             found.pieces,
             arguments.edits,
             edit=arguments.edit,
+            sizes=sizes_of(arguments.edit_sizes),
             chosen_size=arguments.edit_size,
             coupling=coupling,
             seed=arguments.seed,
         )
-    return write_report(folder, arguments, found, coupling, device_facts(model, seconds), validation, command)
+    report = write_report(folder, arguments, found, coupling, device_facts(model, seconds), validation, command)
+    if by_blocks:
+        shutil.rmtree(analyzer.blocks_folder(encoded, folder), ignore_errors=True)
+    return report
+
+
+def physical_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: if the folder's disk has less room than what is to be stored.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("blocks-*/*.safetensors"))
+    free = shutil.disk_usage(folder).free + held
+    if needed > free:
+        raise UserError(
+            f"--output: {folder} has room for {free / 1e9:.1f} GB, and the blocks take up to {needed / 1e9:.1f} GB;"
+            " take fewer layers or pieces, or --stream sketch"
+        )
 
 
 def write_report(
@@ -256,6 +342,7 @@ def write_report(
         "model": model_name,
         "revision": arguments.revision,
         "dtype": arguments.dtype,
+        "matmul_precision": arguments.matmul_precision,
         "dataset": Path(arguments.dataset).name,
         "source": found.source,
         "rows": found.rows,
@@ -264,13 +351,9 @@ def write_report(
         "layer_selection": arguments.layers,
         "bias": arguments.bias,
         "seed": arguments.seed,
+        "memory": arguments.memory,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "adaptive_reasoners": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "command": " ".join(
             ["python -m trainers.couple", *(Path(word).name if os.path.isabs(word) else word for word in command)]
         ),
@@ -280,13 +363,14 @@ def write_report(
         report["ripple_validation"] = {key: value for key, value in validation.items() if key != "chosen"}
     try:
         coupling.save(folder)
-        save_figure(heat_map(coupling), folder / "heat_map.png")
-        save_figure(distribution(coupling, arguments.high, arguments.low), folder / "distribution.png")
+        shown = representatives(coupling, arguments.seed)
+        save_figure(heat_map(shown), folder / "heat_map.png")
+        save_figure(distribution(shown, arguments.high, arguments.low), folder / "distribution.png")
         write_text(folder / "coupling.html", make_page(coupling, report))
         if validation is not None:
             save_figure(ripple_chart(validation), folder / "ripple.png")
-            write_text(folder / "ripple_report.json", _json(validation))
-        write_text(folder / REPORT, _json(report))
+            write_text(folder / "ripple_report.json", json_text(validation))
+        write_text(folder / REPORT, json_text(report))
     except OSError as error:
         raise UserError(f"--output: cannot write to {folder}: {error.strerror}") from error
     return report
@@ -374,21 +458,18 @@ def _value(name: str, raw: str, expected: Any) -> Any:
     return check_value(f"--{name}", value, expected)
 
 
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend."""
+    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work() -> int:
         arguments = parse(argv)
         report = run(arguments, argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_summary(report, Path(arguments.output))
-    return 0
+        if report:
+            print_summary(report, Path(arguments.output))
+        return 0
+
+    return run_command(work, batch_option="--tokens_per_batch")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer from a run folder, a model folder or the Hub, with every mistake in one line."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
 
-from .arguments import one_line
-from .errors import UserError
+from .errors import UserError, one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -97,6 +97,7 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     needs_tokenizer: bool = True,
     option: str = "model",
@@ -108,9 +109,11 @@ def load_model(
         auto_class: class to load with, or a function that chooses one by the configuration, such as
             `language_model_class`; by default the class that the model was saved with, see `saved_class`.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: whether code that the repository brings may run.
+        trust_remote_code: whether code that the repository brings may run. For a Hub id the revision must be named,
+            since the code of a branch can change between two runs; which one runs is printed to standard error.
         dtype: number format of the weights; by default the saved one.
         device: where the model goes; by default an accelerator if there is one.
+        device_map: how accelerate spreads the model over devices, for instance `"auto"`, in place of `device`.
         attn_implementation: attention kernel, for instance `"eager"`; by default the library's choice.
         needs_tokenizer: whether a missing tokenizer is a mistake. If not, it is `None` where there is none.
         option: what the caller names the argument, for messages.
@@ -121,14 +124,25 @@ def load_model(
     """
     name, options = locate(name_or_path, option)
     is_folder = Path(name).is_dir()
+    if trust_remote_code and not is_folder and revision is None:
+        raise UserError(
+            f"{option}: trust_remote_code runs the code that {name_or_path!r} brings; name the revision whose code you"
+            " have read, such as a commit"
+        )
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     model_options: dict[str, Any] = {}
     if dtype is not None:
         model_options["dtype"] = dtype
     if attn_implementation is not None:
         model_options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        model_options["device_map"] = device_map
     try:
         config = AutoConfig.from_pretrained(name, **options)
+        if trust_remote_code and not is_folder:
+            commit = getattr(config, "_commit_hash", None)
+            at = f"{revision} (commit {commit})" if commit and commit != revision else revision
+            print(f"{option}: code of {name_or_path} may run, at revision {at}", file=sys.stderr)
         loader: Any = auto_class or saved_class
         loader = loader if hasattr(loader, "from_pretrained") else loader(config)
         model = loader.from_pretrained(name, **options, **model_options)
@@ -146,6 +160,8 @@ def load_model(
             if needs_tokenizer or is_folder:
                 message = f"{option}: cannot load the tokenizer of {name_or_path!r}: {one_line(error)[:300]}"
                 raise UserError(message) from error
+    if device_map is not None:
+        return model.eval(), tokenizer
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or "cpu"

@@ -1,18 +1,25 @@
 """Coupling against the plain form: one example at a time, whole gradients kept.
 
     python -m tests.benchmarks.bench_coupling --model gpt2 --pieces 20 [--layers last-4] [--answer first] [--repeats 3]
+    python -m tests.benchmarks.bench_coupling --model llama --pieces 400 --stream top-8 --forms exact --repeats 1
+    python -m tests.benchmarks.bench_coupling --model tiny --pieces 10000 --stream sketch --blocks 512 --forms exact
 
-Speed: both forms in one process, in turn, medians of CPU seconds over the repeats, and their ratio; beside them the
-capture alone and its floor, one batched forward and backward of the frozen model with the head at the answer positions.
+Speed: the forms in one process, in turn, medians of CPU seconds over the repeats, and ratios of `plain` to the others.
+`exact` is what the analyzer does, by the stream that is named; `medium` is the same with torch free to choose how it
+multiplies float32 matrices (`--matmul_precision medium`), and `bfloat16` with the model in that format; `capture` is
+the first part of it alone, and `floor` one batched forward and backward of the frozen model, with the head at the
+answer positions. With `--blocks` the work goes by blocks on disk, bounded by so many MiB.
 Memory: each form in a process of its own, peak above what the loaded model takes. Models are of the named sizes, with
 random weights; tokens are random; nothing is downloaded.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +27,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainers.coupling import CouplingAnalyzer, EncodedPiece
+from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece
 from trainers.coupling.capture import evaluation_mode, frozen
 
 # GPT-2 small, and a Llama of 135 million parameters in the shape of SmolLM2-135M.
@@ -37,6 +44,7 @@ SIZES = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
+    "tiny": {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 40001},
 }
 
 
@@ -74,8 +82,25 @@ def plain(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answe
     return stacked @ stacked.T
 
 
-def exact(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answer: str) -> torch.Tensor:
-    return torch.from_numpy(CouplingAnalyzer(model, layers=layers, answer=answer).fit(pieces).matrix)
+def exact(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answer: str) -> Coupling:
+    memory = OPTIONS.blocks * 2**20 if OPTIONS.blocks else None
+    analyzer = CouplingAnalyzer(model, layers=layers, answer=answer, stream=OPTIONS.stream, memory=memory)
+    if not OPTIONS.blocks:
+        return analyzer.fit(pieces)
+    with tempfile.TemporaryDirectory() as folder:
+        return analyzer.fit(pieces, folder)
+
+
+def bfloat16(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answer: str) -> Coupling:
+    return exact(HALVES.setdefault(id(model), copy.deepcopy(model).bfloat16()), pieces, layers, answer)
+
+
+def medium(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answer: str) -> Coupling:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return exact(model, pieces, layers, answer)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def capture(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answer: str) -> None:
@@ -95,7 +120,16 @@ def floor(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str, answe
         handle.remove()
 
 
-FORMS: dict[str, Callable] = {"plain": plain, "exact": exact, "capture": capture, "floor": floor}
+FORMS: dict[str, Callable] = {
+    "plain": plain,
+    "exact": exact,
+    "capture": capture,
+    "floor": floor,
+    "medium": medium,
+    "bfloat16": bfloat16,
+}
+OPTIONS = argparse.Namespace(stream="exact", blocks=0)
+HALVES: dict[int, PreTrainedModel] = {}
 
 
 def resident(field: str) -> int:
@@ -119,42 +153,58 @@ def main() -> None:
     parser.add_argument("--layers", default="auto")
     parser.add_argument("--answer", choices=("full", "first"), default="first")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stream", default="exact")
+    parser.add_argument("--blocks", type=int, default=0, help="MiB of memory for work by blocks on disk")
+    parser.add_argument("--forms", default="plain,exact,capture,floor", help="which, by commas")
     parser.add_argument("--skip_memory", action="store_true")
     parser.add_argument("--memory_of", choices=FORMS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(namespace=OPTIONS)
     torch.set_num_threads(1)
     if arguments.memory_of:
         measure_memory(arguments)
         return
+    forms = arguments.forms.split(",")
     model, pieces = make_model(arguments.model), make_pieces(arguments.pieces)
-    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
     results = {}
-    for _ in range(arguments.repeats):
-        for name, form in FORMS.items():
+    for repeat in range(arguments.repeats):
+        for name in forms:
+            if name == "bfloat16" and not repeat:
+                bfloat16(model, pieces[:1], arguments.layers, arguments.answer)  # makes the copy
             started = time.process_time()
-            results[name] = form(model, pieces, arguments.layers, arguments.answer)
+            results[name] = FORMS[name](model, pieces, arguments.layers, arguments.answer)
             seconds[name].append(time.process_time() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    difference = (results["plain"] - results["exact"]).abs().max().item()
     record = {
-        "model": arguments.model,
-        "pieces": arguments.pieces,
-        "layers": arguments.layers,
-        "answer": arguments.answer,
+        **{name: getattr(arguments, name) for name in ("model", "pieces", "layers", "answer", "stream", "blocks")},
         "cpu_seconds": medians,
         "pieces_per_cpu_second": {name: arguments.pieces / value for name, value in medians.items()},
-        "plain_over_exact": medians["plain"] / medians["exact"],
-        "capture_over_floor": medians["capture"] / medians["floor"],
-        "largest_difference": difference,
+        "plain_over": {name: medians["plain"] / medians[name] for name in forms if "plain" in forms},
     }
+    if {"capture", "floor"} <= set(forms):
+        record["capture_over_floor"] = medians["capture"] / medians["floor"]
+    for name in ("exact", "medium", "bfloat16"):
+        if name in forms:
+            cost = results[name].cost
+            record[f"{name}_products_over_gradients"] = cost["gram_cpu_seconds"] / cost["capture_cpu_seconds"]
+            record[f"{name}_stream"] = results[name].stream
+            if "plain" in forms:
+                difference = results["plain"] - torch.from_numpy(results[name].matrix)
+                pairs = difference[tuple(torch.triu_indices(*difference.shape, 1))]
+                record[f"{name}_difference"] = {
+                    "rms": pairs.square().mean().sqrt().item(),
+                    "max": pairs.abs().max().item(),
+                }
     if not arguments.skip_memory:
         peaks = {}
-        for name in ("plain", "exact"):
-            command = [sys.executable, "-m", "tests.benchmarks.bench_coupling", *sys.argv[1:], "--memory_of", name]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            peaks[name] = json.loads(output)["above_model"]
+        for name in forms:
+            if name in ("plain", "exact"):
+                command = [sys.executable, "-m", "tests.benchmarks.bench_coupling", *sys.argv[1:], "--memory_of", name]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                peaks[name] = json.loads(output)["above_model"]
         record["peak_bytes_above_model"] = peaks
-        record["memory_ratio"] = peaks["plain"] / peaks["exact"]
+        if len(peaks) == 2:
+            record["memory_ratio"] = peaks["plain"] / peaks["exact"]
     print(json.dumps(record, indent=1))
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from tests.trainers.coupling.tools import word_tokenizer
-from trainers.couple import main
+from trainers.couple import bytes_of, main
 from trainers.coupling import Coupling, CouplingAnalyzer, read_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
+ACCELERATE = ROOT / "recipes" / "accelerate_configs" / "multi_cpu.yaml"
 FACTS = ROOT / "tests" / "data" / "coupling" / "facts.jsonl"
 FILES = {"coupling.html", "coupling.safetensors", "coupling_report.json", "distribution.png", "heat_map.png"}
 
@@ -98,6 +100,12 @@ def test_list_and_help(capsys):
         (["--high", "0.05"], "must satisfy -1 <= low <= high <= 1"),
         (["--device", "abacus"], "--device abacus"),
         (["--edit_size", "0"], "--edit_size is 0"),
+        (["--edit_sizes", "0.1,-1"], "--edit_sizes is '0.1,-1'; it must be numbers above 0"),
+        (["--memory", "plenty"], "--memory is 'plenty'; it must be a number of bytes"),
+        (["--memory", "1MB"], "--memory is 1MB; it must be at least 256MiB"),
+        (["--device", "cpu", "--device_map", "auto"], "--device and --device_map cannot be given together"),
+        (["--stream", "most"], "stream is 'most'; it must be auto, exact"),
+        (["--model", "no-such/model", "--trust_remote_code"], "name the revision whose code you have read"),
         (["--validate", "-1"], "--validate is -1"),
         (["--validate", "25"], "--validate 25: it must be between 1 and 24"),
         (["--dataset", "hotpot"], "unknown data set 'hotpot'; did you mean 'hotpotqa'"),
@@ -147,6 +155,58 @@ def test_disk_full_leaves_the_old_report(models, tmp_path, capsys, monkeypatch):
     assert main(command) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_in_blocks(models, tmp_path, monkeypatch, capsys):
+    command = ["--model", str(models / "gpt2"), "--dataset", str(FACTS), "--stream", "sketch-512"]
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    seen = []
+    plain = CouplingAnalyzer.fit
+
+    def spy(self, pieces, folder=None):
+        coupling = plain(self, pieces, folder)
+        seen.extend(path.name.split("-")[0] for path in Path(folder).glob("blocks-*/*"))
+        return coupling
+
+    monkeypatch.setattr(CouplingAnalyzer, "fit", spy)
+    assert main([*command, "--output", str(tmp_path / "blocks"), "--memory", "300MB"]) == 0
+    assert set(seen) == {"gradients", "products"}
+    assert {path.name for path in (tmp_path / "blocks").iterdir()} == FILES  # the blocks have served
+    one, two = (load_file(tmp_path / name / "coupling.safetensors")["gradsim"] for name in ("whole", "blocks"))
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert "0.3 GB in memory for each of 1 process(es)" in printed
+    assert "stream   sketch-512: error 0." in printed
+    report = json.loads((tmp_path / "blocks" / "coupling_report.json").read_text())
+    assert report["metadata"]["memory"] == "300MB"
+    assert report["gradient_analysis"]["stream"]["numbers_per_piece"] == 512
+
+
+def test_no_room_for_the_blocks(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    command = ["--model", str(models / "gpt2"), "--dataset", str(FACTS), "--output", str(tmp_path), "--memory", "1GB"]
+    assert main(command) == 2
+    assert "has room for 0.0 GB, and the blocks take up to 0.0 GB" in capsys.readouterr().err
+
+
+def test_amounts_of_memory():
+    for text, value in {"4GB": 4e9, "4GiB": 2**32, "2e9": 2e9, "1.5 gb": 1.5e9, "300m": 3e8, "1t": 1e12}.items():
+        assert bytes_of(text) == value
+
+
+@pytest.mark.long
+def test_two_processes_write_one_report(models, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE)]
+    command += ["--main_process_port", "0", "--quiet", "-m", "trainers.couple", "--model", str(models / "gpt2")]
+    command += ["--dataset", str(FACTS)]
+    output = tmp_path / "two"
+    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("each of 2 process(es)") == done.stdout.count("report   ") == 1
+    assert {path.name for path in output.iterdir()} == FILES
+    assert main(["--model", str(models / "gpt2"), "--dataset", str(FACTS), "--output", str(tmp_path / "one")]) == 0
+    one, two = (load_file(tmp_path / name / "coupling.safetensors")["gradsim"] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-6)
 
 
 def test_as_a_command(models, tmp_path):

@@ -149,6 +149,42 @@ def test_a_hub_id_is_asked_for_at_its_revision(monkeypatch):
     assert asked == [("ann/model", {"revision": "v1", "trust_remote_code": False})]
 
 
+def test_code_of_the_hub_runs_at_a_named_revision_only(monkeypatch, capsys):
+    def found(name, **options):
+        config = AutoConfig.for_model("gpt2")
+        config._commit_hash = "0123abc"
+        return config
+
+    def refuse(name, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", found)
+    monkeypatch.setattr(AutoModel, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"^--model: trust_remote_code runs the code that 'ann/model' brings; name the"):
+        load_model("ann/model", trust_remote_code=True, option="--model")
+    assert capsys.readouterr().err == ""
+    for revision, shown in (("v1", "v1 (commit 0123abc)"), ("0123abc", "0123abc")):
+        with pytest.raises(UserError, match="no network"):
+            load_model("ann/model", trust_remote_code=True, revision=revision)
+        assert capsys.readouterr().err == f"model: code of ann/model may run, at revision {shown}\n"
+
+
+def test_a_map_of_devices(tmp_path, monkeypatch):
+    save(tmp_path, "gpt2")
+    asked = []
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def spy(name, **options):
+        asked.append(options["device_map"])
+        return plain(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    monkeypatch.setattr(torch.nn.Module, "to", None)  # a model that is spread must not be moved
+    model, _ = load_model(str(tmp_path), auto_class=AutoModelForCausalLM, device_map={"": "cpu"}, needs_tokenizer=False)
+    assert asked == [{"": "cpu"}]
+    assert not model.training
+
+
 def test_home_folders_are_understood(tmp_path, monkeypatch):
     save(tmp_path / "run", "vanilla_transformer", tokenizer=True)
     monkeypatch.setenv("HOME", str(tmp_path))

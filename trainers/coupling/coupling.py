@@ -1,11 +1,8 @@
 """The result of an analysis: how strongly the gradients of knowledge pieces agree."""
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..errors import UserError
+from ..files import replacing
 from .pieces import KnowledgePiece
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,34 +32,52 @@ class Coupling:
     Attributes:
         piece_ids: n ids, the index of every array below.
         layers: names of the L target layers.
-        gram_per_layer (`np.ndarray` of shape `(L, n, n)`): <g_i, g_j> of each layer, float64.
+        gram_per_layer (`np.ndarray` of shape `(L, n, n)`, *optional*): <g_i, g_j> of each layer, float64; `None` where
+            only the sum over layers is known, which is then in `total_gram`.
         log_probs (`np.ndarray` of shape `(n,)`): log P(a_i | q_i) in nats.
         answer: "full" or "first": the answer tokens that were differentiated.
         dimension: numbers in one whole gradient.
         pieces: the pieces, where they were given as text.
         stream: how the inner products were computed; for one that leaves terms out, its error on sampled pairs.
         cost: seconds and bytes that the analysis took, by part.
+        total_gram (`np.ndarray` of shape `(n, n)`, *optional*): <g_i, g_j> over all target layers, where `None` stands
+            for the sum of `gram_per_layer`.
+        squared_norms (`np.ndarray` of shape `(L, n)`, *optional*): |g_i|² of each layer, exact whatever the stream;
+            `None` for the diagonals of `gram_per_layer`.
     """
 
     piece_ids: list[str]
     layers: list[str]
-    gram_per_layer: np.ndarray
+    gram_per_layer: np.ndarray | None
     log_probs: np.ndarray
     answer: str
     dimension: int
     pieces: list[KnowledgePiece] = field(default_factory=list)
     stream: dict[str, Any] = field(default_factory=lambda: {"name": "exact"})
     cost: dict[str, Any] = field(default_factory=dict)
+    total_gram: np.ndarray | None = None
+    squared_norms: np.ndarray | None = None
 
     @cached_property
     def gram(self) -> np.ndarray:
         """<g_i, g_j> over all target layers, `(n, n)`."""
+        if self.total_gram is not None:
+            return self.total_gram
+        assert self.gram_per_layer is not None  # one of the two always is
         return self.gram_per_layer.sum(0)
+
+    @cached_property
+    def layer_norms(self) -> np.ndarray:
+        """|g_i|² of each layer, `(L, n)`."""
+        if self.squared_norms is not None:
+            return self.squared_norms
+        assert self.gram_per_layer is not None  # whose diagonals they then are
+        return np.diagonal(self.gram_per_layer, axis1=1, axis2=2)
 
     @cached_property
     def gradient_norms(self) -> np.ndarray:
         """|g_i| in nats per unit of weight, `(n,)`."""
-        return np.sqrt(np.clip(np.diagonal(self.gram), 0, None))
+        return np.sqrt(np.clip(self.layer_norms.sum(0), 0, None))
 
     @cached_property
     def matrix(self) -> np.ndarray:
@@ -69,12 +85,14 @@ class Coupling:
         return cosine(self.gram)
 
     @cached_property
-    def balanced(self) -> np.ndarray:
-        """The mean over layers of each layer's own cosine, `(n, n)`.
+    def balanced(self) -> np.ndarray | None:
+        """The mean over layers of each layer's own cosine, `(n, n)`; `None` where single layers are not known.
 
         A few layers can hold most of the gradient's norm and then decide `matrix` alone; here each layer counts the
         same. A layer in which one of the two gradients is zero is left out of their mean.
         """
+        if self.gram_per_layer is None:
+            return None
         total, counted = np.zeros_like(self.gram), np.zeros_like(self.gram)
         for gram in self.gram_per_layer:
             layer = cosine(gram)
@@ -86,10 +104,24 @@ class Coupling:
     @cached_property
     def layer_shares(self) -> np.ndarray:
         """Share of each layer in the squared gradient norm, mean over pieces, `(L,)`; they sum to 1."""
-        squared = np.diagonal(self.gram_per_layer, axis1=1, axis2=2)
+        squared = self.layer_norms
         total = squared.sum(0)
         shares = squared[:, total > 0] / total[total > 0]
         return shares.mean(1) if shares.size else np.full(len(self.layers), np.nan)
+
+    def subset(self, places: Sequence[int]) -> "Coupling":
+        """The same for some of the pieces, given by their positions."""
+        chosen = np.asarray(places)
+        inside = np.ix_(chosen, chosen)
+        return replace(
+            self,
+            piece_ids=[self.piece_ids[index] for index in chosen],
+            pieces=[self.pieces[index] for index in chosen] if self.pieces else [],
+            gram_per_layer=None if self.gram_per_layer is None else np.stack([g[inside] for g in self.gram_per_layer]),
+            total_gram=None if self.total_gram is None else self.total_gram[inside],
+            squared_norms=self.layer_norms[:, chosen],
+            log_probs=self.log_probs[chosen],
+        )
 
     @property
     def zero_gradients(self) -> list[str]:
@@ -100,6 +132,8 @@ class Coupling:
         """The cosine over one target layer alone, `(n, n)`."""
         if layer not in self.layers:
             raise UserError(f"layer {layer!r} is no target; the targets are {', '.join(self.layers)}")
+        if self.gram_per_layer is None:
+            raise UserError(f"layer {layer!r}: of so many pieces only the sum over layers was kept")
         return cosine(self.gram_per_layer[self.layers.index(layer)])
 
     def index(self, piece_id: str) -> int:
@@ -137,16 +171,23 @@ class Coupling:
         return make_report(self, **facts)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `coupling.safetensors`: all arrays, with ids and layer names in the metadata. Returns its path."""
+        """Write `coupling.safetensors`: all arrays, with ids and layer names in the metadata. Returns its path.
+
+        Where single layers are not known, the inner products are left out: they follow from cosines and norms.
+        """
         path = Path(folder) / "coupling.safetensors"
         tensors = {
             "gradsim": self.matrix,
-            "gradsim_balanced": self.balanced,
-            "gram": self.gram,
-            "gram_per_layer": self.gram_per_layer,
+            "squared_norms": self.layer_norms,
             "gradient_norm": self.gradient_norms,
             "log_prob": self.log_probs,
         }
+        if self.gram_per_layer is not None and self.balanced is not None:
+            tensors |= {
+                "gradsim_balanced": self.balanced,
+                "gram": self.gram,
+                "gram_per_layer": self.gram_per_layer,
+            }
         metadata = {
             "schema_version": str(SCHEMA_VERSION),
             "piece_ids": json.dumps(self.piece_ids, ensure_ascii=False),
@@ -176,7 +217,9 @@ class Coupling:
             return cls(
                 piece_ids=json.loads(metadata["piece_ids"]),
                 layers=json.loads(metadata["layers"]),
-                gram_per_layer=tensors["gram_per_layer"],
+                gram_per_layer=tensors.get("gram_per_layer"),
+                total_gram=None if "gram_per_layer" in tensors else _inner_products(tensors),
+                squared_norms=tensors["squared_norms"],
                 log_probs=tensors["log_prob"],
                 answer=metadata["answer"],
                 dimension=int(metadata["dimension"]),
@@ -189,25 +232,15 @@ class Coupling:
             raise UserError(f"{path}: holds no {error}; it is not a coupling file") from error
 
 
+def _inner_products(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    norms = tensors["gradient_norm"].astype(tensors["gradsim"].dtype)
+    return np.nan_to_num(tensors["gradsim"]) * norms[:, None] * norms
+
+
 def cosine(gram: np.ndarray) -> np.ndarray:
     """Cosines from inner products; NaN where a norm is zero. The diagonal is computed, not set."""
     norms = np.sqrt(np.clip(np.diagonal(gram), 0, None))
     safe = np.where(norms > 0, norms, np.nan)
-    return gram / safe[:, None] / safe[None, :]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path aside to write to; renamed to `path` when the block ends well, deleted when it does not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        os.chmod(aside, 0o644)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    cosines = gram / safe[:, None]
+    cosines /= safe[None, :]
+    return cosines

@@ -1,13 +1,13 @@
 """Pictures of a coupling matrix, drawn from its numbers."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
-from .coupling import Coupling, replacing
+from ..figures import new_figure
+from .coupling import Coupling
 from .report import HIGH_COUPLING, LOW_COUPLING
 
 if TYPE_CHECKING:
@@ -31,11 +31,9 @@ def cluster_order(matrix: np.ndarray) -> np.ndarray:
 
 def heat_map(coupling: Coupling) -> "Figure":
     """The matrix with pieces ordered by clustering; blue is negative, red positive, grey undefined."""
-    from matplotlib.figure import Figure
-
     order = cluster_order(coupling.matrix)
     size = float(np.clip(len(order) * 0.16, 6, 16))
-    figure = Figure(figsize=(size + 1.5, size), layout="constrained")
+    figure = new_figure(size + 1.5, size)
     axes = figure.add_subplot()
     axes.set_facecolor("0.7")
     image = axes.imshow(coupling.matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -53,11 +51,9 @@ def heat_map(coupling: Coupling) -> "Figure":
 
 def distribution(coupling: Coupling, high: float = HIGH_COUPLING, low: float = LOW_COUPLING) -> "Figure":
     """How many pairs have which coupling, within one question and across questions, with both thresholds."""
-    from matplotlib.figure import Figure
-
     first, second = np.triu_indices(len(coupling.piece_ids), 1)
     values = coupling.matrix[first, second]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     bins = np.linspace(min(-0.2, np.nanmin(values, initial=0)), 1, 61)
     groups = [("all pairs", np.ones(len(values), dtype=bool))]
@@ -82,11 +78,9 @@ def distribution(coupling: Coupling, high: float = HIGH_COUPLING, low: float = L
 
 def ripple_chart(validation: dict[str, Any]) -> "Figure":
     """Measured against predicted ripples, and how far the prediction holds as the edit grows."""
-    from matplotlib.figure import Figure
-
     sizes = validation["sizes"]
     chosen = validation["chosen"]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
     calibration, validity = figure.subplots(1, 2)
     predicted, measured = (np.array(chosen["pairs"][name]) for name in ("predicted", "measured"))
     limit = max(1e-12, np.abs(np.concatenate([predicted, measured])).max()) * 1.05
@@ -101,7 +95,10 @@ def ripple_chart(validation: dict[str, Any]) -> "Figure":
         validity.plot(
             gains, [size["spearman"][key]["median"] for size in sizes], marker="o", label=f"Spearman, {label}"
         )
-    validity.plot(gains, [size["sign_agreement"]["value"] for size in sizes], marker="s", label="share of right signs")
+    signs = [size["sign_agreement"]["value"] for size in sizes]
+    # Hollow and larger, since the prediction's curve often lies under it.
+    hollow = {"marker": "s", "markersize": 10, "markerfacecolor": "none", "linestyle": "--"}
+    validity.plot(gains, signs, label="share of right signs", **hollow)
     validity.axvspan(0.1, 0.5, color="0.9", label="small edits")
     validity.set_xscale("log")
     validity.set_ylim(-0.1, 1.05)
@@ -109,12 +106,6 @@ def ripple_chart(validation: dict[str, Any]) -> "Figure":
     validity.set_ylabel("median over edits")
     validity.legend(fontsize=8)
     return figure
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG aside, then rename it."""
-    with replacing(path) as aside:
-        figure.savefig(aside, dpi=130, format="png")
 
 
 def _short(text: str, most: int = 24) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .coupling import Coupling
 from .figures import cluster_order
+from .report import representatives
 
 # Couplings as 16-bit integers: a hundredth of the colour scale's resolution is not visible.
 _SCALE = 10_000
@@ -135,22 +136,24 @@ def make_page(coupling: Coupling, report: dict[str, Any]) -> str:
     """The page of a coupling matrix and its balanced variant, pieces in clustered order.
 
     Args:
-        coupling: the matrices.
-        report: as `make_report` gives it; pieces and metadata are taken from it.
+        coupling: the matrices; of very many pieces, a sample is shown.
+        report: as `make_report` gives it for these; pieces and metadata are taken from it.
     """
+    coupling = representatives(coupling, report["metadata"].get("seed", 0))
     order = cluster_order(coupling.matrix)
+    matrices = {"all layers": coupling.matrix}
+    if coupling.balanced is not None:
+        matrices["balanced over layers"] = coupling.balanced
     analysis = report["coupling_analysis"]
     pieces = report["knowledge_pieces"]["pieces"]
     data = {
-        "matrices": {
-            "all layers": _packed(coupling.matrix[np.ix_(order, order)]),
-            "balanced over layers": _packed(coupling.balanced[np.ix_(order, order)]),
-        },
+        "matrices": {name: _packed(matrix[np.ix_(order, order)]) for name, matrix in matrices.items()},
         "pieces": [pieces[index] for index in order],
     }
     name = report["metadata"].get("model")
+    drawn = f" ({len(order)} drawn)" if len(order) < report["metadata"]["pieces"] else ""
     subtitle = (
-        f"{len(order)} pieces, {analysis['total_pairs']} pairs; {analysis['high_pairs']} high"
+        f"{report['metadata']['pieces']} pieces{drawn}, {analysis['total_pairs']} pairs; {analysis['high_pairs']} high"
         f" ({analysis['thresholds']['high']}), {analysis['moderate_pairs']} moderate, {analysis['low_pairs']} low."
         " Red is positive, blue negative, grey undefined."
     )

@@ -86,7 +86,9 @@ class Reader(ABC):
         """
         split = split or self.default_split
         rows, source = self._rows(data_dir, split)
-        pieces, count, ids = [], 0, {}
+        pieces: list[KnowledgePiece] = []
+        ids: dict[str, int] = {}
+        count = 0
         for row in rows:
             if max_samples is not None and count >= max_samples:
                 break

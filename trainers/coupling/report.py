@@ -1,5 +1,6 @@
 """The report of an analysis as plain numbers: nine sections, every threshold stated beside what it decides."""
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ LOW_COUPLING = 0.1
 TOP_PAIRS = 10
 MAX_EXPERIMENTS = 5
 PERMUTATIONS = 1000
+MOST_REPORTED = 1500  # pieces; of more, a sample is tested and drawn
 
 
 def make_report(
@@ -31,7 +33,8 @@ def make_report(
     """The report as plain values, ready for JSON.
 
     Pairs are unordered, each counted once, and never a piece with itself. Pairs with a zero gradient have no coupling
-    and are counted apart.
+    and are counted apart. Of more than 1,500 pieces the counts of pairs, their mean, standard deviation and extremes
+    and the list of high pairs take in all; everything else is that of a drawn sample, as the report says.
 
     Args:
         coupling: the result to report; pieces of text add questions, categories and comparisons of groups.
@@ -48,15 +51,17 @@ def make_report(
         `schema_version` and the sections `metadata`, `knowledge_pieces`, `gradient_analysis`, `coupling_analysis`,
         `high_coupling_pairs`, `cross_pot_analysis`, `generated_files`, `gpu_performance`, `experiment_readiness`.
     """
+    count = len(coupling.piece_ids)
+    everything, coupling = coupling, representatives(coupling, seed)
     matrix = coupling.matrix
     first, second = np.triu_indices(len(matrix), 1)
     values = matrix[first, second]
     known = ~np.isnan(values)
     first, second, values = first[known], second[known], values[known]
     pairs = _high_pairs(coupling, first, second, values, high)
-    return {
+    report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "metadata": {"pieces": len(matrix), "answer": coupling.answer, "layers": coupling.layers, **(metadata or {})},
+        "metadata": {"pieces": count, "answer": coupling.answer, "layers": coupling.layers, **(metadata or {})},
         "knowledge_pieces": _pieces(coupling),
         "gradient_analysis": _gradients(coupling),
         "coupling_analysis": {
@@ -83,6 +88,28 @@ def make_report(
         "gpu_performance": {**(device or {}), **coupling.cost},
         "experiment_readiness": _experiments(coupling, pairs, high),
     }
+    if coupling is not everything:
+        report["metadata"]["sampled_pieces"] = len(matrix)
+        report["knowledge_pieces"]["count"] = count
+        report["gradient_analysis"]["gradients"] = count
+        counted, highest = _all_pairs(everything.matrix, high, low, max_pairs)
+        report["coupling_analysis"] |= counted
+        pairs = [(everything.piece_ids[i], everything.piece_ids[j], value) for value, i, j in highest]
+        report["high_coupling_pairs"] |= {
+            "count": counted["high_pairs"],
+            "listed": len(pairs),
+            "pairs": pairs,
+            "top": [_described(everything, *pair) for pair in pairs[:TOP_PAIRS]],
+        }
+    return report
+
+
+def representatives(coupling: Coupling, seed: int = 0) -> Coupling:
+    """The same result, or that of a drawn sample of 1,500 pieces where there are more."""
+    count = len(coupling.piece_ids)
+    if count <= MOST_REPORTED:
+        return coupling
+    return coupling.subset(np.sort(np.random.default_rng(seed).choice(count, MOST_REPORTED, replace=False)).tolist())
 
 
 def summary(values: np.ndarray) -> dict[str, float | None]:
@@ -199,7 +226,51 @@ def _gradients(coupling: Coupling) -> dict[str, Any]:
     }
 
 
-def _balanced(coupling: Coupling, first: np.ndarray, second: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+def _all_pairs(
+    matrix: np.ndarray, high: float, low: float, most: int
+) -> tuple[dict[str, Any], list[tuple[float, int, int]]]:
+    """Counts and moments over all pairs, a row at a time, and the `most` highest pairs at or above `high`."""
+    total = highs = lows = undefined = 0
+    mean = squares = 0.0
+    smallest, largest = np.inf, -np.inf
+    heap: list[tuple[float, int, int]] = []
+    for i in range(len(matrix) - 1):
+        row = matrix[i, i + 1 :].astype(float)
+        columns = np.flatnonzero(~np.isnan(row))
+        undefined += len(row) - len(columns)
+        row = row[columns]
+        if not len(row):
+            continue
+        # Mean and squared deviations of two sets from those of each.
+        difference = row.mean() - mean
+        squares += row.var() * len(row) + difference**2 * total * len(row) / (total + len(row))
+        total += len(row)
+        mean += difference * len(row) / total
+        smallest, largest = min(smallest, row.min()), max(largest, row.max())
+        highs += int((row >= high).sum())
+        lows += int((row < low).sum())
+        for place in np.flatnonzero(row >= (heap[0][0] if len(heap) == most else high)):
+            item = (float(row[place]), i, i + 1 + int(columns[place]))
+            if len(heap) < most:
+                heapq.heappush(heap, item)
+            else:
+                heapq.heappushpop(heap, item)
+    counts = {
+        "total_pairs": total,
+        "undefined_pairs": undefined,
+        "high_pairs": highs,
+        "moderate_pairs": total - highs - lows,
+        "low_pairs": lows,
+        "high_ratio": highs / total if total else None,
+    }
+    if total:
+        counts |= {"mean": mean, "std": float(np.sqrt(squares / total)), "min": float(smallest), "max": float(largest)}
+    return counts, sorted(heap, key=lambda item: (-item[0], item[1:]))
+
+
+def _balanced(coupling: Coupling, first: np.ndarray, second: np.ndarray, values: np.ndarray) -> dict[str, Any] | None:
+    if coupling.balanced is None:
+        return None
     balanced = coupling.balanced[first, second]
     return {
         "what": "mean over layers of each layer's own cosine",
@@ -260,8 +331,8 @@ def _groups(coupling: Coupling, high: float, permutations: int, seed: int) -> di
     }
     found: dict[str, Any] = {}
     for name, label in labellings.items():
-        labels = [label(piece) for piece in pieces]
-        if any(value is None for value in labels):
+        labels = [value for piece in pieces if (value := label(piece)) is not None]
+        if len(labels) < len(pieces):
             found[name] = None  # not every piece has one
             continue
         found[name] = permutation_test(matrix, labels, permutations, seed)

@@ -6,8 +6,9 @@ the range in which the prediction holds is seen, and beside baselines that need 
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from .encoding import EncodedPiece
 from .pieces import KnowledgePiece
 from .report import normalised
 
-EditKind = Literal["answer", "replacement"]
+EditKind = Literal["answer", "replacement", "lora"]
 SIZES = (0.1, 0.3, 1.0, 3.0, 10.0)
+LORA_RANK = 8
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 # What "the prediction holds" means in the report.
@@ -54,7 +56,9 @@ def validate(
         pieces: all pieces to measure.
         count: how many to edit, drawn at random.
         edit: `"answer"` steps along the gradient of the piece's own answer, `"replacement"` along that of its
-            `new_answer`.
+            `new_answer`. `"lora"` raises the own answer too, but through `peft` adapters of rank 8 on the target
+            layers: a step along the gradient of their matrices B, which start at zero. The prediction stays that of
+            the full gradient, scaled to the same own gain.
         sizes: predicted own gains, in nats.
         chosen_size: the size whose pairs are listed and charted.
         coupling: the result of `analyzer.fit(pieces)`, to save computing it again.
@@ -76,39 +80,38 @@ def validate(
     candidates = [
         index
         for index, piece in enumerate(pieces)
-        if coupling.gradient_norms[index] > 0 and (edit == "answer" or piece.new_answer is not None)
+        if coupling.gradient_norms[index] > 0 and (edit != "replacement" or piece.new_answer is not None)
     ]
     if not 1 <= count <= len(candidates):
-        what = "with a gradient" if edit == "answer" else "with a new answer"
+        what = "with a new answer" if edit == "replacement" else "with a gradient"
         raise UserError(f"--validate {count}: it must be between 1 and {len(candidates)}, the pieces {what}")
     if len(pieces) < 4:
         raise UserError(f"--validate: a ripple needs three other pieces to rank, and there are {len(pieces)} pieces")
     generator = np.random.default_rng(seed)
     edited = sorted(generator.choice(candidates, count, replace=False).tolist())
     directions = [encoded[index] for index in edited]
-    gram, coupled = coupling.gram, coupling
+    coupled = coupling
     rows = list(edited)
     if edit == "replacement":
         directions = analyzer.encode(
             [replace(pieces[i], piece_id=f"{pieces[i].piece_id} (new)", answer=pieces[i].new_answer) for i in edited]
         )
         coupled = analyzer.fit([*encoded, *directions])
-        gram = coupled.gram
         rows = list(range(len(pieces), len(pieces) + count))
-    norms = np.sqrt(np.diagonal(gram))
+    norms = coupled.gradient_norms
     everything = [*encoded, *(directions if edit == "replacement" else [])]
-    measured = measure_edits(analyzer, directions, everything, sizes)
+    measured = measure_edits(analyzer, directions, everything, sizes, lora_seed=seed if edit == "lora" else None)
     n = len(pieces)
     others = [np.array([j for j in range(n) if j != index]) for index in edited]
     predictors = {
-        "first_order": [gram[row, :n] / norms[row] for row in rows],
+        "first_order": [coupled.matrix[row, :n] * norms[:n] for row in rows],
         "coupling": [coupled.matrix[row, :n] for row in rows],
-        "balanced_coupling": [coupled.balanced[row, :n] for row in rows],
+        **({} if coupled.balanced is None else {"balanced_coupling": [coupled.balanced[row, :n] for row in rows]}),
         **_baselines(analyzer, pieces, encoded, edited),
     }
     entries = []
     for size, changes in zip(sizes, measured["changes"], strict=True):
-        steps = size / measured["norms"]
+        steps = size / norms[rows]
         predicted = [steps[k] * predictors["first_order"][k][other] for k, other in enumerate(others)]
         actual = [changes[k, other] for k, other in enumerate(others)]
         own = np.array([changes[k, row] for k, row in enumerate(rows)])
@@ -141,7 +144,9 @@ def validate(
         "confidence": CONFIDENCE,
         "method": f"bootstrap percentiles over edits, {RESAMPLES} resamples",
         "restored_bit_for_bit": measured["restored"],
-        "gradient_norm_error": float(np.abs(measured["norms"] / norms[rows] - 1).max()),
+        "gradient_norm_error": None
+        if edit == "lora"  # the norms measured are those of the adapters' gradients
+        else float(np.abs(measured["norms"] / norms[rows] - 1).max()),
         "holds_up_to_own_gain": max(holds) if holds else None,
         "holds_means": f"median Spearman >= {HOLDS_SPEARMAN} and share of right signs >= {HOLDS_SIGNS}",
         "sizes": entries,
@@ -154,6 +159,7 @@ def measure_edits(
     directions: Sequence[EncodedPiece],
     pieces: Sequence[EncodedPiece],
     gains: Sequence[float],
+    lora_seed: int | None = None,
 ) -> dict[str, Any]:
     """The change of every piece's log-probability under edits of the target layers.
 
@@ -161,27 +167,59 @@ def measure_edits(
         directions: the pieces along whose gradients the weights are moved, each by itself.
         pieces: what is measured.
         gains: predicted own gains in nats; the step is `gain / |gradient|` long.
+        lora_seed: edit through adapters that are drawn with this seed, instead of the weights themselves.
 
     Returns:
         `changes` (`np.ndarray` of shape `(gains, directions, pieces)`, nats), `norms` (of the gradients), and
         `restored`: whether every target tensor has the bits it had before.
     """
-    parameters = _parameters(analyzer)
+    targets = _parameters(analyzer)
+    originals = [parameter.detach().clone() for parameter in targets]
     before = analyzer.log_probabilities(pieces)
     changes = np.zeros((len(gains), len(directions), len(pieces)))
     norms = np.zeros(len(directions))
-    saved = [parameter.detach().clone() for parameter in parameters]
+    edited = nullcontext(targets) if lora_seed is None else _adapters(analyzer, lora_seed)
     bar = tqdm(total=len(directions) * len(gains), desc="edits", unit="edit", disable=not analyzer.progress)
-    for k, direction in enumerate(directions):
-        gradient = _gradient(analyzer, direction, parameters)
-        norms[k] = float(torch.stack([part.double().square().sum().cpu() for part in gradient]).sum().sqrt())
-        for s, gain in enumerate(gains):
-            with _moved(parameters, saved, gradient, gain / norms[k] ** 2):
-                changes[s, k] = analyzer.log_probabilities(pieces) - before
-            bar.update()
+    with edited as parameters:
+        saved = originals if lora_seed is None else [parameter.detach().clone() for parameter in parameters]
+        for k, direction in enumerate(directions):
+            gradient = _gradient(analyzer, direction, parameters)
+            norms[k] = float(torch.stack([part.double().square().sum().cpu() for part in gradient]).sum().sqrt())
+            for s, gain in enumerate(gains):
+                with _moved(parameters, saved, gradient, gain / norms[k] ** 2):
+                    changes[s, k] = analyzer.log_probabilities(pieces) - before
+                bar.update()
     bar.close()
-    restored = all(torch.equal(parameter, old) for parameter, old in zip(parameters, saved, strict=True))
+    restored = all(torch.equal(parameter, old) for parameter, old in zip(targets, originals, strict=True))
     return {"changes": changes, "norms": norms, "restored": restored}
+
+
+@contextmanager
+def _adapters(analyzer: CouplingAnalyzer, seed: int) -> Iterator[list[torch.nn.Parameter]]:
+    """Adapters on the target layers inside, which change nothing yet; their matrices B. Outside the model as it was."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--edit lora: needs peft; pip install adaptive-reasoners[peft]") from error
+    model = analyzer.model
+    if hasattr(model, "peft_config"):
+        raise UserError("--edit lora: the model has adapters already")
+    targets = {id(module) for layer in analyzer.targets for module in layer.modules}
+    names = [name for name, module in model.named_modules() if id(module) in targets]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft sets it right by itself
+        torch.manual_seed(seed)
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=names)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        yield [parameter for name, parameter in adapted.named_parameters() if ".lora_B." in name]
+    finally:
+        adapted.unload()
+        if hasattr(model, "peft_config"):  # which some versions of peft leave behind
+            del model.peft_config
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def ranking_quality(scores: np.ndarray, positive: np.ndarray) -> float:

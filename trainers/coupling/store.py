@@ -5,10 +5,11 @@ parts that are there and computes the rest; several processes share the parts of
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
+from ..files import replacing
 from .capture import LayerTerms
-from .coupling import replacing
 
-Parts = dict[str, torch.Tensor]
+Parts = Mapping[str, torch.Tensor]
 
 
 class Store(ABC):
@@ -38,48 +39,25 @@ class Store(ABC):
 
     @abstractmethod
     @contextmanager
-    def opened(self, names: Sequence[str]) -> Iterator[list["Part"]]:
+    def opened(self, names: Sequence[str]) -> Iterator[list[Parts]]:
         """Parts to read from, in the order of their names."""
-
-
-class Part(ABC):
-    """One part, whose tensors are read one by one."""
-
-    @abstractmethod
-    def __getitem__(self, key: str) -> torch.Tensor:
-        """A tensor."""
-
-    @abstractmethod
-    def keys(self) -> list[str]:
-        """The tensors' names."""
 
 
 class MemoryStore(Store):
     """Parts that live as long as the store."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, _MemoryPart] = {}
+        self._parts: dict[str, Parts] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
     def save(self, name: str, tensors: Parts) -> None:
-        self._parts[name] = _MemoryPart(tensors)
+        self._parts[name] = tensors
 
     @contextmanager
-    def opened(self, names: Sequence[str]) -> Iterator[list[Part]]:
+    def opened(self, names: Sequence[str]) -> Iterator[list[Parts]]:
         yield [self._parts[name] for name in names]
-
-
-class _MemoryPart(Part):
-    def __init__(self, tensors: Parts):
-        self._tensors = tensors
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self._tensors[key]
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
 
 
 class DiskStore(Store):
@@ -127,7 +105,7 @@ class DiskStore(Store):
             ) from error
 
     @contextmanager
-    def opened(self, names: Sequence[str]) -> Iterator[list[Part]]:
+    def opened(self, names: Sequence[str]) -> Iterator[list[Parts]]:
         with ExitStack() as stack:
             yield [_FilePart(stack.enter_context(safe_open(self._path(name), "pt"))) for name in names]
 
@@ -144,29 +122,38 @@ class DiskStore(Store):
         return self.folder / f"{name}.safetensors"
 
 
-class _FilePart(Part):
+class _FilePart(Mapping[str, torch.Tensor]):
+    """A file's tensors, each read when it is asked for."""
+
     def __init__(self, file: Any):
         self._file = file
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._file.get_tensor(key)
 
-    def keys(self) -> list[str]:
-        return list(self._file.keys())
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._file.keys()  # noqa: SIM118 - the file itself is no container
 
 
-def pack(index: int, terms: LayerTerms) -> Parts:
+def pack(index: int, terms: LayerTerms, prefix: str = "") -> dict[str, torch.Tensor]:
     """The terms of layer number `index` as named tensors."""
-    named = {f"{index}.left": terms.left, f"{index}.right": terms.right, f"{index}.owner": terms.owner}
-    return named | {f"{index}.bias.{place}": bias for place, bias in enumerate(terms.biases)}
+    named = {"left": terms.left, "right": terms.right, "owner": terms.owner}
+    named |= {f"bias.{place}": bias for place, bias in enumerate(terms.biases)}
+    return {f"{prefix}{index}.{name}": tensor for name, tensor in named.items()}
 
 
-def unpack(index: int, part: Part, prefix: str = "") -> LayerTerms:
+def unpack(index: int, part: Parts, prefix: str = "") -> LayerTerms:
     """What `pack` named."""
     start = f"{prefix}{index}."
-    biases = sorted((key for key in part.keys() if key.startswith(f"{start}bias.")), key=lambda key: int(key[len(start) + 5 :]))
+    biases = itertools.takewhile(part.__contains__, (f"{start}bias.{place}" for place in itertools.count()))
     return LayerTerms(
-        part[f"{start}left"], part[f"{start}right"], part[f"{start}owner"], [part[key] for key in biases]
+        part[f"{start}left"], part[f"{start}right"], part[f"{start}owner"], [part[name] for name in biases]
     )
 
 

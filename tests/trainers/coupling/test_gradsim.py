@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece
+from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece, KnowledgePiece
 from trainers.coupling.capture import LayerTerms
 from trainers.coupling.gram import cheaper_way, layer_gram
 from trainers.errors import UserError
@@ -367,6 +367,13 @@ def test_many_pieces_take_the_strongest_tokens(monkeypatch):
     model = tiny_model("gpt2")
     assert CouplingAnalyzer(model).fit(PIECES).stream["name"] == "top-8"
     assert CouplingAnalyzer(model).fit(PIECES[:4]).stream == {"name": "exact"}
+    monkeypatch.setattr("trainers.coupling.analyzer.TOKENS_UP_TO", 4)
+    assert CouplingAnalyzer(model).fit(PIECES).stream["name"] == "sketch-8192"
+
+
+def test_batches_are_larger_where_only_upper_layers_count():
+    model = tiny_model("gpt2")
+    assert [CouplingAnalyzer(model, layers=layers).tokens_per_batch for layers in ("auto", "last-1")] == [128, 256]
 
 
 def test_layer_that_some_pieces_do_not_reach():
@@ -393,10 +400,14 @@ def test_layer_that_some_pieces_do_not_reach():
 
 def test_wrong_arguments():
     model = tiny_model("gpt2")
+    with pytest.raises(UserError, match="text and pieces of token ids cannot be compared"):
+        CouplingAnalyzer(model).fit([PIECES[0], KnowledgePiece("k", "Who?", "I")])
     for arguments, message in [
         ({"tokens_per_batch": 0}, "at least 1"),
         ({"answer": "last"}, "'full' or 'first'"),
-        ({"stream": "top-0"}, "must be auto, exact, or top-"),
+        ({"stream": "top-0"}, "must be auto, exact, top-"),
+        ({"stream": "sketch-1"}, "sketch- and a number of at least 10"),
+        ({"memory": 5}, "memory is 5 bytes; it must be at least 268435456"),
         ({"layers": "nothing.*"}, "no layer matches 'nothing.*'"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -83,8 +83,43 @@ def test_replacement_edits_raise_the_new_answer():
     assert size["own_gain"]["min"] == pytest.approx(1e-4, rel=0.02)  # of the new answer
     assert size["spearman"]["first_order"]["median"] > 0.99
     ranking = size["portability_above_locality"]
-    assert ranking["predicted"]["edits"] == 3
-    assert ranking["predicted"]["value"] == pytest.approx(ranking["measured"]["value"], abs=0.1)
+    assert ranking["first_order"]["edits"] == 3
+    assert ranking["first_order"]["value"] == pytest.approx(ranking["measured"]["value"], abs=0.1)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5"])
+def test_edits_by_adapters(model_type):
+    analyzer = text_analyzer(model_type)
+    model = analyzer.model
+    model.get_input_embeddings().weight.requires_grad_(False)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    asking = [parameter.requires_grad for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    result = validate(analyzer, TEXTS, 4, edit="lora", sizes=(1e-3,), chosen_size=1e-3)
+    (size,) = result["sizes"]
+    assert size["own_gain"]["median"] == pytest.approx(1e-3, rel=0.02)
+    assert size["spearman"]["first_order"]["median"] > 0.5  # the adapters see a random part of the gradient
+    assert result["restored_bit_for_bit"]
+    assert dict.fromkeys(weights, True) == {
+        key: torch.equal(value, weights[key]) for key, value in model.state_dict().items()
+    }
+    assert [parameter.requires_grad for parameter in model.parameters()] == asking
+    assert torch.equal(torch.get_rng_state(), state)
+    again = validate(analyzer, TEXTS, 4, edit="lora", sizes=(1e-3,), chosen_size=1e-3)
+    assert again["sizes"] == result["sizes"]
+    model.peft_config = {}
+    with pytest.raises(UserError, match="has adapters already"):
+        validate(analyzer, TEXTS, 4, edit="lora")
+
+
+def test_the_adapters_step_follows_their_own_gradients():
+    """What the prediction from the full gradient misses is the choice of directions, not the order of the effect."""
+    analyzer = text_analyzer("gpt2")
+    encoded = analyzer.encode(TEXTS)
+    small = measure_edits(analyzer, encoded[:1], encoded, [1e-4], lora_seed=0)
+    larger = measure_edits(analyzer, encoded[:1], encoded, [1e-3], lora_seed=0)
+    np.testing.assert_allclose(larger["changes"], 10 * small["changes"], atol=1e-5)
+    assert larger["changes"][0, 0, 0] == pytest.approx(1e-3, rel=0.01)
 
 
 def test_weights_come_back_when_a_measurement_fails(monkeypatch):
