@@ -17,7 +17,7 @@ from trainers.tasks import TASKS, StoredTask, TaskArguments, get_task
 from trainers.tasks.tokenization import byte_level_bpe
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(QUICK, max_examples=1500)
+LONG = settings(QUICK, max_examples=500)
 FIELDS = sorted({name for kind in kinds() for section in kind.sections for name in section_fields(section, kind, None)})
 
 scalars = st.one_of(
