@@ -204,7 +204,8 @@ def check_same_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
         UserError: naming the first field that differs, with both values.
     """
     now = _without_places(recipe.as_dict())
-    difference = first_difference(now, _without_places({section: record.get(section) for section in now}))
+    then = {section: record.get(section) or {} for section in now}
+    difference = first_difference(now, _without_places(then))
     if difference is not None:
         field, ours, theirs = difference
         raise UserError(f"--resume: {field} is {ours!r} but the run was started with {theirs!r}")
@@ -358,7 +359,8 @@ class TrainingRun(ABC):
 
     def probe_batch(self, examples: int) -> dict[str, torch.Tensor] | None:
         """The first validation examples, at most so many, as one batch with labels: what tracking looks at in depth."""
-        first = [self.trainer.eval_dataset[index] for index in range(min(examples, len(self.trainer.eval_dataset)))]
+        validation: Any = self.trainer.eval_dataset
+        first: list[Any] = [validation[index] for index in range(min(examples, len(validation)))]
         return dict(self.trainer.data_collator(first))
 
     @staticmethod

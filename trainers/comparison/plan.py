@@ -367,7 +367,8 @@ def sample_limits(sections: Mapping[str, Mapping[str, Any]], most: int) -> dict[
     """
     if most < 1:
         raise UserError(f"--max_samples is {most}; it must be at least 1")
-    fields = kind_of(sections.get("model", {}).get("model_type")).sections["task"].__dataclass_fields__
+    kind = kind_of(str(sections.get("model", {}).get("model_type")))
+    fields = {option.name: option for option in dataclasses.fields(kind.sections["task"])}
     # Tasks whose training prompts never end have sizes of the other splits, and no bound on them.
     limits = {}
     for name in (f"{form}_{split}{end}" for form, end in (("max", "_samples"), ("num", "")) for split in SPLITS):
