@@ -10,21 +10,15 @@ whole or not at all. A mistake in the input is reported in one line, with exit c
 """
 
 import argparse
-import json
-import os
-import pickle
 import re
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from ..conversion import convert_files, run_command
 from .configuration_continuous_thought_machine import ContinuousThoughtMachineConfig
 from .modeling_continuous_thought_machine import (
     ContinuousThoughtMachineForImageClassification,
@@ -248,17 +242,6 @@ def convert_tensors(
     return converted
 
 
-def read_config(path: Path) -> dict:
-    """Reads the original's settings; raises `ValueError` if the file is not a JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError("must hold a JSON object")
-    return config
-
-
 # What a training checkpoint of the published code holds besides tensors and plain Python values: its command line's
 # arguments, and numbers and the generator's state from numpy. None of these runs code. Numpy 2 renamed the module of
 # two functions; a checkpoint may come from either version.
@@ -275,36 +258,30 @@ CHECKPOINT_TYPES = [
 ]
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file or, without running any code in it, a PyTorch state dict; raises `ValueError`."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(CHECKPOINT_TYPES):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("model_state_dict"), dict):
-        # A training checkpoint of the published code.
-        tensors = tensors["model_state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError("must hold a state dict, that is names with tensors")
-    return tensors
-
-
-@contextmanager
-def errors_name(path: Path):
-    """Puts the file before the message of a `ValueError` raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def make_model(
+    original: dict[str, torch.Tensor], config: ContinuousThoughtMachineConfig
+) -> ContinuousThoughtMachineForImageClassification | ContinuousThoughtMachineForTokenClassification:
+    """
+    The model with the published weights: an image classifier if an answer is one class, else a classifier of positions;
+    raises `ValueError` if the weights do not fit.
+    """
+    original = without_prefix(original)
+    set_channels(config, original)
+    tensors = convert_tensors(original, config)
+    head = (
+        ContinuousThoughtMachineForImageClassification
+        if len(config.prediction_shape) == 1
+        else ContinuousThoughtMachineForTokenClassification
+    )
+    model = head(config)
+    model.to(tensors["start_state"].dtype)
+    model.model.load_state_dict(tensors)
+    return model
 
 
 def convert(config_path: str | Path, weights_path: str | Path, output_dir: str | Path) -> None:
     """
-    Converts the published files and writes `output_dir` in one step: an image classifier if an answer is one class,
-    else a classifier of positions.
+    Converts the published files and writes `output_dir` in one step: see [`make_model`].
 
     Args:
         config_path (`str` or `Path`): JSON file with the published constructor's arguments; see [`convert_config`].
@@ -314,48 +291,14 @@ def convert(config_path: str | Path, weights_path: str | Path, output_dir: str |
     Raises:
         ValueError: in one line, the file and what is wrong with it.
     """
-    config_path, weights_path, output_dir = Path(config_path), Path(weights_path), Path(output_dir)
-    with errors_name(output_dir):
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise ValueError("exists already and is not an empty folder")
-    with errors_name(config_path):
-        config = convert_config(read_config(config_path))
-    with errors_name(weights_path):
-        original = without_prefix(read_tensors(weights_path))
-        set_channels(config, original)
-        tensors = convert_tensors(original, config)
-
-    head = (
-        ContinuousThoughtMachineForImageClassification
-        if len(config.prediction_shape) == 1
-        else ContinuousThoughtMachineForTokenClassification
-    )
-    model = head(config)
-    model.to(tensors["start_state"].dtype)
-    model.model.load_state_dict(tensors)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
-        finished = Path(scratch) / output_dir.name
-        model.save_pretrained(finished)
-        os.replace(finished, output_dir)
+    convert_files(config_path, weights_path, output_dir, convert_config, make_model, CHECKPOINT_TYPES)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 0 or 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_models.continuous_thought_machine.convert_continuous_thought_machine",
-        description="Convert a published Continuous Thought Machine into a from_pretrained folder.",
-    )
-    parser.add_argument("config", metavar="CONFIG.json", help="the published constructor's arguments")
-    parser.add_argument("weights", metavar="WEIGHTS", help="safetensors file, or PyTorch state dict")
-    parser.add_argument("output_dir", metavar="OUT_DIR", help="folder to write; must not exist or be empty")
-    options = parser.parse_args(arguments)
-    try:
-        convert(options.config, options.weights, options.output_dir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    name = "hf_models.continuous_thought_machine.convert_continuous_thought_machine"
+    description = "Convert a published Continuous Thought Machine into a from_pretrained folder."
+    return run_command(convert, name, description, arguments, "the published constructor's arguments")
 
 
 if __name__ == "__main__":

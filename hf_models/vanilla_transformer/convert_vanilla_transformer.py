@@ -8,21 +8,14 @@ with the names `embed.weight` and `core.{encoder,decoder}.layers.{i}…` of `tor
 or be empty; it appears whole or not at all. A mistake in the input is reported in one line, with exit code 2.
 """
 
-import argparse
-import json
 import math
-import os
-import pickle
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from ..conversion import convert_files, run_command
 from .configuration_vanilla_transformer import VanillaTransformerConfig
 from .modeling_vanilla_transformer import VanillaTransformerForConditionalGeneration
 
@@ -171,37 +164,16 @@ def convert_tensors(original: dict[str, torch.Tensor], config: VanillaTransforme
     return converted
 
 
-def read_config(path: Path) -> dict:
-    """Reads the original's settings; raises `ValueError` if the file is not a JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError("must hold a JSON object")
-    return config
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file or, without running any code in it, a PyTorch state dict; raises `ValueError`."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError("must hold a state dict, that is names with tensors")
-    return tensors
-
-
-@contextmanager
-def errors_name(path: Path):
-    """Puts the file before the message of a `ValueError` raised inside."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+def make_model(
+    original: dict[str, torch.Tensor], config: VanillaTransformerConfig
+) -> VanillaTransformerForConditionalGeneration:
+    """The model with the original's weights; raises `ValueError` if they do not fit."""
+    tensors = convert_tensors(original, config)
+    model = VanillaTransformerForConditionalGeneration(config)
+    model.to(tensors["model.encoder.embed_tokens.weight"].dtype)
+    # What is missing here is exactly what is tied, as convert_tensors has checked every name.
+    model.load_state_dict(tensors, strict=False)
+    return model
 
 
 def convert(config_path: str | Path, weights_path: str | Path, output_dir: str | Path) -> None:
@@ -216,42 +188,14 @@ def convert(config_path: str | Path, weights_path: str | Path, output_dir: str |
     Raises:
         ValueError: in one line, the file and what is wrong with it.
     """
-    config_path, weights_path, output_dir = Path(config_path), Path(weights_path), Path(output_dir)
-    with errors_name(output_dir):
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise ValueError("exists already and is not an empty folder")
-    with errors_name(config_path):
-        config = convert_config(read_config(config_path))
-    with errors_name(weights_path):
-        tensors = convert_tensors(read_tensors(weights_path), config)
-
-    model = VanillaTransformerForConditionalGeneration(config)
-    model.to(tensors["model.encoder.embed_tokens.weight"].dtype)
-    # What is missing here is exactly what is tied, as convert_tensors has checked every name.
-    model.load_state_dict(tensors, strict=False)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as scratch:
-        finished = Path(scratch) / output_dir.name
-        model.save_pretrained(finished)
-        os.replace(finished, output_dir)
+    convert_files(config_path, weights_path, output_dir, convert_config, make_model)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 0 or 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_models.vanilla_transformer.convert_vanilla_transformer",
-        description="Convert a Transformer made of torch.nn.Transformer layers into a from_pretrained folder.",
-    )
-    parser.add_argument("config", metavar="CONFIG.json", help="the original's settings")
-    parser.add_argument("weights", metavar="WEIGHTS", help="safetensors file, or PyTorch state dict")
-    parser.add_argument("output_dir", metavar="OUT_DIR", help="folder to write; must not exist or be empty")
-    options = parser.parse_args(arguments)
-    try:
-        convert(options.config, options.weights, options.output_dir)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    name = "hf_models.vanilla_transformer.convert_vanilla_transformer"
+    description = "Convert a Transformer made of torch.nn.Transformer layers into a from_pretrained folder."
+    return run_command(convert, name, description, arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Continuous Thought Machine: the shared checks, the published model's golden data, and the properties of thinking."""
 
 import argparse
-import ast
 import doctest
 import inspect
 import json
@@ -23,7 +22,6 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_models.connection_transformer import convert_connection_transformer
 from hf_models.continuous_thought_machine import (
     ContinuousThoughtMachineConfig,
     ContinuousThoughtMachineForImageClassification,
@@ -399,15 +397,6 @@ def test_converter_refuses(change, message, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
-
-
-def test_converter_shares_its_reading_with_the_others():
-    for name in ("read_config", "errors_name"):
-        ours, theirs = (
-            ast.dump(ast.parse(inspect.getsource(getattr(module, name))))
-            for module in (conversion, convert_connection_transformer)
-        )
-        assert ours == theirs, name
 
 
 @pytest.mark.parametrize(
