@@ -59,6 +59,7 @@ class AdaptiveReasoningTrainer(RunTrainer):
     """
 
     args: ReasoningTrainingArguments
+    loss_parts = LOSS_PARTS
 
     def __init__(self, *args, generation_kwargs: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -96,16 +97,7 @@ class AdaptiveReasoningTrainer(RunTrainer):
             inputs = {**inputs, "step_cost_weight": self.step_cost_weight()}
             if num_items_in_batch is not None:
                 inputs["num_sequences_in_batch"] = self._num_sequences_in_batch
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
-            # As for the loss: counts over all processes call for a sum over them, and the log takes their mean.
-            counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            scale = self.accelerator.num_processes if counted_together else 1
-            for name in LOSS_PARTS:
-                part = outputs.get(f"{name}_loss")
-                if part is not None:
-                    self.note_loss_part(name, part * scale)
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.reasons_in_steps and self._step_cost_weight:

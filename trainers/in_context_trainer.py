@@ -46,6 +46,7 @@ class InContextTrainer(RunTrainer):
     """
 
     args: InContextTrainingArguments
+    loss_parts = LOSS_PARTS
     train_dataset: CurriculumPrompts
 
     def __init__(self, *args, levels: dict[str, int] | None = None, **kwargs):
@@ -71,13 +72,6 @@ class InContextTrainer(RunTrainer):
         inputs = self.model_inputs(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            # As for the loss: counts over all processes call for a sum over them, and the log takes their mean.
-            counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            scale = self.accelerator.num_processes if counted_together else 1
-            for name in LOSS_PARTS:
-                part = outputs.get(f"{name}_loss")
-                if part is not None:
-                    self.note_loss_part(name, part * scale)
             self._note_levels(outputs.logits.detach(), labels, path_length)
         return (loss, outputs) if return_outputs else loss
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import Trainer, TrainerState
@@ -24,8 +25,8 @@ class RunTrainer(Trainer):
     """`transformers.Trainer` in a run folder.
 
     - `layerwise_lr_decay` makes the learning rate fall from the head down, see [`layerwise_parameter_groups`].
-    - The parts of a loss that a subclass notes with [`note_loss_part`] are logged beside `loss`, averaged over the same
-      updates and processes.
+    - The parts of the loss that `loss_parts` names are logged beside `loss`, averaged over the same updates and
+      processes; a subclass may note others with [`note_loss_part`].
     - A loss that is not finite ends the training with a [`UserError`] that says at which update and what to change.
       It does so before anything is logged, measured or saved after it. (In fp16 the library's loss scaling skips such
       updates, and training goes on.)
@@ -33,6 +34,9 @@ class RunTrainer(Trainer):
     - No card but our own is ever written, and only for a finished run.
     - The best checkpoint is found again if the run's folder was moved in between.
     """
+
+    loss_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts of the loss that the model's output holds as `{name}_loss`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -57,6 +61,24 @@ class RunTrainer(Trainer):
         )
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def process_scale(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """What a process multiplies its share of a loss with, so that the mean over processes is the whole.
+
+        A loss that was divided by the count over all processes calls for a sum over them, and both the averaged
+        gradients and the log take their mean.
+        """
+        counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if counted_together else 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            for name in self.loss_parts:
+                part = outputs.get(f"{name}_loss")
+                if part is not None:
+                    self.note_loss_part(name, part * self.process_scale(num_items_in_batch))
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

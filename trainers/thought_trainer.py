@@ -52,6 +52,7 @@ class ThoughtTrainer(RunTrainer):
     """
 
     args: ThoughtTrainingArguments
+    loss_parts = LOSS_PARTS
 
     def __init__(
         self,
@@ -65,21 +66,14 @@ class ThoughtTrainer(RunTrainer):
         self.forward_kwargs = dict(forward_kwargs or {})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # As for the loss: counts over all processes call for a sum over them, and the log takes their mean.
-        counted_together = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        scale = self.accelerator.num_processes if counted_together else 1
         if self.loss == "ctc":
             inputs = dict(inputs)
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             total = labels.numel() if num_items_in_batch is None else num_items_in_batch
-            loss = ctc_losses(outputs.predictions, labels).sum() / total * scale
+            loss = ctc_losses(outputs.predictions, labels).sum() / total * self.process_scale(num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
-            for name in LOSS_PARTS:
-                self.note_loss_part(name, outputs[f"{name}_loss"] * scale)
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @torch.no_grad()
     def prediction_step(
