@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
+from .arguments import RunTrainingArguments
 from .errors import UserError
 from .files import CHECKSUMS_NAME, damaged_file, write_checksums
 from .optimization import layerwise_parameter_groups
@@ -35,6 +36,7 @@ class RunTrainer(Trainer):
     - The best checkpoint is found again if the run's folder was moved in between.
     """
 
+    args: RunTrainingArguments
     loss_parts: ClassVar[tuple[str, ...]] = ()
     """Parts of the loss that the model's output holds as `{name}_loss`."""
 
@@ -161,11 +163,12 @@ class RunTrainer(Trainer):
         if not stored.exists():
             if not moved.exists():
                 raise UserError(f"{moved}: the best checkpoint of the run is gone; restore it, or use --overwrite")
-            self.state.best_model_checkpoint = stored = str(moved)
-        damaged = damaged_file(Path(stored))
+            stored = moved
+            self.state.best_model_checkpoint = str(stored)
+        damaged = damaged_file(stored)
         if damaged is not None:
             raise UserError(
-                f"{Path(stored) / damaged}: damaged since it was written, and the best weights of the run with it; "
+                f"{stored / damaged}: damaged since it was written, and the best weights of the run with it; "
                 "--overwrite starts again"
             )
         super()._load_best_model()

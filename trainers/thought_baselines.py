@@ -30,11 +30,13 @@ from hf_models.continuous_thought_machine import (
     ContinuousThoughtMachineForTokenClassification,
     ContinuousThoughtMachinePreTrainedModel,
 )
+from hf_models.continuous_thought_machine.encoder_continuous_thought_machine import (
+    ContinuousThoughtMachineEncoder,
+    at_least_float32,
+)
 from hf_models.continuous_thought_machine.modeling_continuous_thought_machine import (
     ContinuousThoughtMachineAttention,
-    ContinuousThoughtMachineEncoder,
     ContinuousThoughtMachineModelOutput,
-    at_least_float32,
 )
 
 MOST_WIDTH = 2**20

@@ -21,10 +21,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..conversion import convert_files, run_command
 from .configuration_connection_transformer import ConnectionTransformerConfig
+from .connections_connection_transformer import ConnectionTransformerPerPairConnections
 from .modeling_connection_transformer import (
     ConnectionTransformerForConditionalGeneration,
     ConnectionTransformerForMaskedLM,
-    ConnectionTransformerPerPairConnections,
     ConnectionTransformerPreTrainedModel,
 )
 

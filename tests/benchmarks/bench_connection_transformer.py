@@ -32,11 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from hf_models.connection_transformer import ConnectionTransformerConfig, ConnectionTransformerModel
-from hf_models.connection_transformer.modeling_connection_transformer import (
-    ConnectionTransformerReasoning,
+from hf_models.connection_transformer.connections_connection_transformer import (
     ConnectionTransformerScalarConnections,
     products,
 )
+from hf_models.connection_transformer.modeling_connection_transformer import ConnectionTransformerReasoning
 from hf_models.vanilla_transformer import VanillaTransformerConfig
 from tests.hf_models.test_connection_transformer import USUAL_SIZES, einsum_influence, per_pair_factors
 

@@ -31,19 +31,21 @@ from hf_models.connection_transformer import (
     ConnectionTransformerForMultipleChoice,
     ConnectionTransformerForSequenceClassification,
     ConnectionTransformerModel,
-    modeling_connection_transformer,
+    connections_connection_transformer,
 )
 from hf_models.connection_transformer import convert_connection_transformer as conversion
-from hf_models.connection_transformer.modeling_connection_transformer import (
+from hf_models.connection_transformer.connections_connection_transformer import (
     CONNECTION_TYPES,
     LARGE_MATRIX,
     ConnectionTransformerPerPairConnections,
     ConnectionTransformerScalarConnections,
     PassMemory,
     onednn_linear,
-    orthonormal_slots,
     products,
     send_messages,
+)
+from hf_models.connection_transformer.modeling_connection_transformer import (
+    orthonormal_slots,
     shift_right,
     token_positions,
 )
@@ -1065,12 +1067,12 @@ def test_messages_of_all_steps_lie_together():
     states = torch.randn(3, 4, 2, 5)
     for place, one in zip(places, states, strict=True):
         send_messages(one, weight, place)
-    together = modeling_connection_transformer.side_by_side(tuple(places))
+    together = connections_connection_transformer.side_by_side(tuple(places))
     assert together.data_ptr() == places[0].data_ptr()
     assert torch.equal(together, torch.cat(places, dim=1))
     apart = tuple(place.clone() for place in places)
-    assert torch.equal(modeling_connection_transformer.side_by_side(apart), together)
-    reversed_places = modeling_connection_transformer.side_by_side(tuple(reversed(places)))
+    assert torch.equal(connections_connection_transformer.side_by_side(apart), together)
+    reversed_places = connections_connection_transformer.side_by_side(tuple(reversed(places)))
     assert torch.equal(reversed_places, torch.cat(list(reversed(places)), dim=1))
     messages = torch.einsum("ibd,idjk->jbik", states[0], weight.view(4, 5, 4, 2))
     messages.diagonal(dim1=0, dim2=2).zero_()
@@ -1276,7 +1278,7 @@ def test_number_of_connection_weights(connection_type, sizes):
 def test_sizes_beyond_the_memory_are_refused(monkeypatch):
     sizes = {"num_slots": 512, "hidden_size": 256, "connection_rank": 64}
     too_large = small_config(**sizes, connection_type="per_pair")
-    monkeypatch.setattr(modeling_connection_transformer, "memory_size", lambda device: 2**33)
+    monkeypatch.setattr(connections_connection_transformer, "memory_size", lambda device: 2**33)
     with pytest.raises(ValueError, match=r"'per_pair' with num_slots=512.* has 8,589,934,592 ") as caught:
         ConnectionTransformerModel(too_large)
     assert "'block' has 1,090,519,040 or 'diagonal' has 33,554,432 weights" in str(caught.value)
@@ -1285,7 +1287,7 @@ def test_sizes_beyond_the_memory_are_refused(monkeypatch):
     with torch.device("meta"):
         monkeypatch.undo()
         ConnectionTransformerModel(too_large)
-    monkeypatch.setattr(modeling_connection_transformer, "memory_size", lambda device: None)
+    monkeypatch.setattr(connections_connection_transformer, "memory_size", lambda device: None)
     ConnectionTransformerModel(small_config(connection_type="per_pair"))
 
 
@@ -1293,9 +1295,9 @@ def test_sizes_that_cannot_be_trained_give_a_warning(monkeypatch, caplog):
     config = small_config(connection_type="per_pair")
     weights = 4 * 2 * 6 * 6 * 16 * 3
     for memory, refused in ((weights - 1, True), (weights, False), (4 * weights - 1, False), (4 * weights, False)):
-        monkeypatch.setattr(modeling_connection_transformer, "memory_size", lambda device, memory=memory: memory)
+        monkeypatch.setattr(connections_connection_transformer, "memory_size", lambda device, memory=memory: memory)
         warned = []
-        monkeypatch.setattr(modeling_connection_transformer.logger, "warning_once", warned.append)
+        monkeypatch.setattr(connections_connection_transformer.logger, "warning_once", warned.append)
         if refused:
             with pytest.raises(ValueError, match="'block' has 900 or 'diagonal' has 684 weights"):
                 ConnectionTransformerPerPairConnections(config)
@@ -1305,9 +1307,9 @@ def test_sizes_that_cannot_be_trained_give_a_warning(monkeypatch, caplog):
 
 
 def test_memory_of_this_machine_is_known():
-    size = modeling_connection_transformer.memory_size(torch.device("cpu"))
+    size = connections_connection_transformer.memory_size(torch.device("cpu"))
     assert size is None or size > 2**28
-    assert modeling_connection_transformer.memory_size(torch.device("meta")) is None
+    assert connections_connection_transformer.memory_size(torch.device("meta")) is None
 
 
 def test_answers_at_the_sources_positions():

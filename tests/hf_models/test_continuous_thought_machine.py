@@ -35,8 +35,8 @@ from hf_models.continuous_thought_machine import (
     modeling_continuous_thought_machine,
 )
 from hf_models.continuous_thought_machine import convert_continuous_thought_machine as conversion
+from hf_models.continuous_thought_machine.encoder_continuous_thought_machine import POSITIONAL_EMBEDDINGS
 from hf_models.continuous_thought_machine.modeling_continuous_thought_machine import (
-    POSITIONAL_EMBEDDINGS,
     ContinuousThoughtMachineHyperLinear,
     ContinuousThoughtMachineHyperNeuronLayer,
     draw_neurons,

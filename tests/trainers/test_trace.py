@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
 import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
-from hf_models.connection_transformer.modeling_connection_transformer import CONNECTION_TYPES
+from hf_models.connection_transformer.connections_connection_transformer import CONNECTION_TYPES
 from hf_models.vanilla_transformer import VanillaTransformerConfig, convert_vanilla_transformer
 from trainers.errors import UserError
 from trainers.tasks.tokenization import word_level

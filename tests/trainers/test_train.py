@@ -58,6 +58,7 @@ FILES = {
     "README.md",
     "config.json",
     "configuration_connection_transformer.py",
+    "connections_connection_transformer.py",
     "generation_config.json",
     "internals",
     "metrics.json",
