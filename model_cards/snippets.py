@@ -158,7 +158,7 @@ def _ticks(run: RunFolder, architecture: Architecture, place: str, options: str)
     return [
         "import torch",
         *imports,
-        *(["import trainers.thought_baselines"] if architecture.tags == ("baseline",) else []),
+        *(["import trainers.thought.baselines"] if architecture.tags == ("baseline",) else []),
         "",
         f"name = {place}",
         *prepare,

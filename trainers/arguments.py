@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("model", "task", "tokenizer", "training", "evaluation", "tracking")
 # The modules that define a kind of run each, see `Kind`. The first one's fields are those that `--help` lists.
-KIND_MODULES = ("sequence_to_sequence", "in_context", "thought")
+KIND_MODULES = ("sequence_to_sequence", "in_context.run", "thought.run")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Kind:
     """What a family of architectures is trained on, and how. A module of [`KIND_MODULES`] holds one as `KIND`.
 
     Attributes:
-        name: the module's name.
+        name: its name.
         model_types: the architectures.
         sections: the dataclass of every section of a recipe but `model` and `tracking`, by the section's name.
         run: the class that takes such a recipe from data to run folder.

@@ -31,7 +31,7 @@ from model_cards.run_folder import CardError, RunFolder, Score
 from tests.hub_server import HubServer
 from tests.model_cards.run_folders import CONFIGS, metrics_of, predictions_of, proportion, recipe_of, write_run
 from trainers.tasks import TaskArguments, get_task
-from trainers.thought_baselines import ThoughtFeedForwardConfig, ThoughtLSTMConfig
+from trainers.thought.baselines import ThoughtFeedForwardConfig, ThoughtLSTMConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_TYPES = list(CONFIGS)

@@ -24,7 +24,7 @@ from hf_models.in_context_transformer import (
 )
 from model_cards.card import render_card
 from trainers.errors import UserError
-from trainers.in_context_evaluation import (
+from trainers.in_context.evaluation import (
     RULES,
     evaluate_prompts,
     evaluate_questions,
@@ -32,9 +32,9 @@ from trainers.in_context_evaluation import (
     predict_values,
     summarise_curve,
 )
-from trainers.in_context_figures import main as draw_masks
-from trainers.in_context_figures import mask_numbers
-from trainers.in_context_trainer import (
+from trainers.in_context.figures import main as draw_masks
+from trainers.in_context.figures import mask_numbers
+from trainers.in_context.trainer import (
     InContextTrainer,
     InContextTrainingArguments,
     longest_prompt_metric,

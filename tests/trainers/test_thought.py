@@ -29,14 +29,14 @@ from hf_models.continuous_thought_machine import (
 )
 from tests.trainers.tasks.test_thought import images_in, task
 from trainers.arguments import parse_recipe
-from trainers.thought_baselines import (
+from trainers.thought.baselines import (
     ThoughtFeedForwardConfig,
     ThoughtLSTMConfig,
     machine_config,
     num_parameters,
     with_matched_width,
 )
-from trainers.thought_evaluation import (
+from trainers.thought.evaluation import (
     Thoughts,
     calibration,
     ctc_losses,
@@ -48,8 +48,8 @@ from trainers.thought_evaluation import (
     think_by_spelling,
     think_in_ticks,
 )
-from trainers.thought_trainer import ThoughtTrainer, ThoughtTrainingArguments, thought_metric
-from trainers.thought_watching import dynamic_norms, watch
+from trainers.thought.trainer import ThoughtTrainer, ThoughtTrainingArguments, thought_metric
+from trainers.thought.watching import dynamic_norms, watch
 from trainers.train import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """Pictures of in-context models, drawn from their numbers.
 
-    python -m trainers.in_context_figures attention_masks.png --num_tables 20 --num_columns 3
+    python -m trainers.in_context.figures attention_masks.png --num_tables 20 --num_columns 3
 
 draws who attends to whom in the low-rank model, with counts of entries and of position parameters, and writes the
 numbers beside it as JSON.
@@ -17,11 +17,11 @@ import numpy as np
 
 from hf_models.in_context_transformer.modeling_in_context_transformer import make_attention_masks
 
-from .command import CommandParser, run_command
-from .errors import UserError
-from .figures import COLOURS, new_figure, save_with_numbers, whole_numbers
-from .files import json_text
-from .tasks.in_context.table_connectivity import NUM_TAIL_TOKENS
+from ..command import CommandParser, run_command
+from ..errors import UserError
+from ..figures import COLOURS, new_figure, save_with_numbers, whole_numbers
+from ..files import json_text
+from ..tasks.in_context.table_connectivity import NUM_TAIL_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def context_curve(axes, curve: dict[str, Any], metric: str, legend: bool = True)
     """Draw a score against the number of in-context examples, the model's with its interval.
 
     Args:
-        curve: as [`evaluate_prompts`][trainers.in_context_evaluation.evaluate_prompts] returns it.
+        curve: as [`evaluate_prompts`][trainers.in_context.evaluation.evaluate_prompts] returns it.
         metric: `"accuracy"` or `"error"`.
     """
     places = curve["in_context_examples"]
@@ -92,7 +92,7 @@ def path_length_figure(section: dict[str, Any], title: str) -> "Figure":
     """Accuracy at each path length, and on questions without a path, with intervals.
 
     Args:
-        section: a split as [`evaluate_questions`][trainers.in_context_evaluation.evaluate_questions] returns it.
+        section: a split as [`evaluate_questions`][trainers.in_context.evaluation.evaluate_questions] returns it.
     """
     levels = section["by_difficulty"]
     values, low, high = interval_band([level["accuracy"] for level in levels])
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         parser = CommandParser(
-            prog="python -m trainers.in_context_figures", description="Draw the masks of the low-rank model."
+            prog="python -m trainers.in_context.figures", description="Draw the masks of the low-rank model."
         )
         parser.add_argument("path", type=Path, help="PNG file to write; a JSON file of the same name goes beside it")
         parser.add_argument("--num_tables", type=int, default=20, help="tables in a prompt (default: %(default)s)")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .figures import COLOURS, new_figure, whole_numbers
-from .files import replacing
-from .thought_watching import MOST_NEURONS, MOST_PAIRS, Watched, most_varying
+from ..figures import COLOURS, new_figure, whole_numbers
+from ..files import replacing
+from .watching import MOST_NEURONS, MOST_PAIRS, Watched, most_varying
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

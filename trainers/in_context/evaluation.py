@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .statistics import mean, proportion
-from .tasks.in_context import BASELINES, FunctionClass, Prompts, TableConnectivity, make_prompts
-from .tasks.in_context.table_connectivity import UNREACHABLE, Questions, at_most, majority, within_hops
+from ..statistics import mean, proportion
+from ..tasks.in_context import BASELINES, FunctionClass, Prompts, TableConnectivity, make_prompts
+from ..tasks.in_context.table_connectivity import UNREACHABLE, Questions, at_most, majority, within_hops
 
 LONGEST_RULE = 5
 

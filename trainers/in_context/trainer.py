@@ -10,9 +10,9 @@ from transformers import EvalPrediction
 
 from hf_models.in_context_transformer.modeling_in_context_transformer import IGNORED_LABEL, label_losses
 
-from .arguments import RunTrainingArguments
-from .run_trainer import RunTrainer
-from .tasks.in_context import CurriculumPrompts
+from ..arguments import RunTrainingArguments
+from ..run_trainer import RunTrainer
+from ..tasks.in_context import CurriculumPrompts
 
 LOSS_PARTS = ("label", "block", "gate")
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from .arguments import RunTrainingArguments
-from .run_trainer import RunTrainer
-from .thought_evaluation import (
+from ..arguments import RunTrainingArguments
+from ..run_trainer import RunTrainer
+from .evaluation import (
     Thoughts,
     calibration,
     confidences_and_hits,
@@ -39,7 +39,7 @@ class ThoughtTrainer(RunTrainer):
       parts are logged as `best_tick` and `certain_tick`. With `loss="ctc"` connectionist temporal classification of the
       answer that the ticks spell together.
     - **Evaluation.** `evaluate` and `predict` look at every tick: `predictions` is a
-      [`Thoughts`][trainers.thought_evaluation.Thoughts]. `eval_loss` is the mean over all labels of the split, whatever
+      [`Thoughts`][trainers.thought.evaluation.Thoughts]. `eval_loss` is the mean over all labels of the split, whatever
       the batches and processes they were spread over (the library's is a mean of batch means).
 
     Args:
@@ -86,7 +86,7 @@ class ThoughtTrainer(RunTrainer):
         """Think about a batch.
 
         Returns:
-            `(None, thoughts, labels)` with the fields of [`Thoughts`][trainers.thought_evaluation.Thoughts] in order.
+            `(None, thoughts, labels)` with the fields of [`Thoughts`][trainers.thought.evaluation.Thoughts] in order.
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .statistics import proportion
-from .tasks.thought import ThoughtExamples, ThoughtTask
+from ..statistics import proportion
+from ..tasks.thought import ThoughtExamples, ThoughtTask
 
 IGNORED_LABEL = -100
 NOTHING = 0

@@ -10,8 +10,8 @@ import torch
 
 from hf_models.continuous_thought_machine import ContinuousThoughtMachinePreTrainedModel
 
-from .tasks.thought import MazeExamples, ThoughtExamples, ThoughtTask
-from .thought_evaluation import IGNORED_LABEL, spell
+from ..tasks.thought import MazeExamples, ThoughtExamples, ThoughtTask
+from .evaluation import IGNORED_LABEL, spell
 
 # Neurons and pairs shown in a picture: those whose values vary most over the ticks.
 MOST_NEURONS = 24

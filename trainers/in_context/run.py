@@ -18,33 +18,12 @@ from transformers import (
 
 from model_cards.words import aligned, thin
 
-from .arguments import EvaluationArguments, Kind, user_errors_from_validation
-from .errors import UserError, did_you_mean
-from .figures import new_figure, save_with_numbers
-from .in_context_evaluation import (
-    evaluate_prompts,
-    evaluate_questions,
-    follow_paths,
-    summarise_curve,
-)
-from .in_context_figures import (
-    WIDTHS,
-    curve_figure,
-    mask_figure,
-    mask_numbers,
-    path_length_figure,
-    prompts_figure,
-    tables_figure,
-)
-from .in_context_trainer import (
-    LOSS_PARTS,
-    InContextTrainer,
-    InContextTrainingArguments,
-    longest_prompt_metric,
-)
-from .pretrained import pretrained_model
-from .run import Evaluation, TrainingRun, say
-from .tasks.in_context import (
+from ..arguments import EvaluationArguments, Kind, user_errors_from_validation
+from ..errors import UserError, did_you_mean
+from ..figures import new_figure, save_with_numbers
+from ..pretrained import pretrained_model
+from ..run import Evaluation, TrainingRun, say
+from ..tasks.in_context import (
     BASELINES,
     CHANGES,
     Curriculum,
@@ -55,7 +34,28 @@ from .tasks.in_context import (
     TableConnectivity,
     get_in_context_task,
 )
-from .tasks.in_context.table_connectivity import NUM_TAIL_TOKENS
+from ..tasks.in_context.table_connectivity import NUM_TAIL_TOKENS
+from .evaluation import (
+    evaluate_prompts,
+    evaluate_questions,
+    follow_paths,
+    summarise_curve,
+)
+from .figures import (
+    WIDTHS,
+    curve_figure,
+    mask_figure,
+    mask_numbers,
+    path_length_figure,
+    prompts_figure,
+    tables_figure,
+)
+from .trainer import (
+    LOSS_PARTS,
+    InContextTrainer,
+    InContextTrainingArguments,
+    longest_prompt_metric,
+)
 
 DENSE, LOW_RANK = "in_context_transformer", "low_rank_in_context_transformer"
 # Prompts of each split that the data's fingerprint is taken over, and training prompts that the constant answer and

@@ -13,16 +13,16 @@ from transformers import PreTrainedModel, default_data_collator, set_seed
 
 from model_cards.words import aligned
 
-from .arguments import EvaluationArguments, Kind, user_errors_from_validation
-from .errors import UserError
-from .figures import save_with_numbers
-from .pretrained import pretrained_model
-from .run import Evaluation, TrainingRun, say
-from .statistics import proportion
-from .tasks.thought import ThoughtExamples, ThoughtTask, ThoughtTaskArguments, get_thought_task
-from .thought_baselines import HEADS, machine_config, num_parameters, with_matched_width
-from .thought_evaluation import Thoughts, make_records, summarise_thoughts, think_in_ticks
-from .thought_figures import (
+from ..arguments import EvaluationArguments, Kind, user_errors_from_validation
+from ..errors import UserError
+from ..figures import save_with_numbers
+from ..pretrained import pretrained_model
+from ..run import Evaluation, TrainingRun, say
+from ..statistics import proportion
+from ..tasks.thought import ThoughtExamples, ThoughtTask, ThoughtTaskArguments, get_thought_task
+from .baselines import HEADS, machine_config, num_parameters, with_matched_width
+from .evaluation import Thoughts, make_records, summarise_thoughts, think_in_ticks
+from .figures import (
     attention_frames,
     attention_strip,
     neuron_figure,
@@ -32,8 +32,8 @@ from .thought_figures import (
     weight_figure,
     write_animation,
 )
-from .thought_trainer import LOSS_PARTS, ThoughtTrainer, ThoughtTrainingArguments, thought_metric
-from .thought_watching import Watched, watch, without_stopping
+from .trainer import LOSS_PARTS, ThoughtTrainer, ThoughtTrainingArguments, thought_metric
+from .watching import Watched, watch, without_stopping
 
 MACHINES = ("continuous_thought_machine", "hyper_continuous_thought_machine")
 BASELINES = ("thought_lstm", "thought_feed_forward")
