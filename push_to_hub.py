@@ -52,6 +52,7 @@ from safetensors import SafetensorError, safe_open
 
 from model_cards.card import CardError, render_card
 from trainers.errors import UserError
+from trainers.hub import limit_silence
 
 REQUIRED_FILES = ("config.json", "metrics.json", "recipe.yaml", "README.md")
 # What a model that reads text needs as well: one whose configuration has a vocabulary.
@@ -589,6 +590,7 @@ class _Hub:
         if token is None:
             raise UserError("there is no token of the Hub: set HF_TOKEN or run `hf auth login`")
         self.repo_id, self.endpoint, self.token, self.show = repo_id, endpoint, token, show
+        limit_silence()
         self.api = HfApi(endpoint=endpoint, token=token)
 
     def push(

@@ -3,7 +3,8 @@
 Users and tokens, repositories with atomic commits, branches, tags and pull requests, large files by the LFS protocol
 (in one part and in several), private and gated repositories, downloads with ranges, and the error headers that the
 client turns into its exceptions. Every request is recorded, so that a test can say what left the machine, and faults
-can be planted: an answer of one's choice, an upload cut in the middle, a request that is served but never answered.
+can be planted: an answer of one's choice, an upload or a download cut in the middle, an answer that takes too long, a
+request that is served but never answered.
 
 The client reads `HF_ENDPOINT` and its like when it is imported, so a test either starts a process with
 `hub.environment(...)` or gives `endpoint=hub.url` to `HfApi`.
@@ -153,6 +154,8 @@ class Fault:
     times: int
     answer: "Refusal | None" = None
     cut_after: int | None = None
+    send_only: int | None = None
+    delay: float = 0.0
     lose_answer: bool = False
 
 
@@ -210,6 +213,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.parts: dict[str, dict[int, bytes]] = {}
         self.lock = threading.RLock()
+        self.closed = threading.Event()
         self.clock = datetime(2026, 1, 1, tzinfo=UTC)
         self.user = self.add_user("ada")
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -221,6 +225,7 @@ class HubServer:
 
     def close(self) -> None:
         """Stop answering. New connections are refused from here on."""
+        self.closed.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
@@ -274,6 +279,14 @@ class HubServer:
     def cut_upload(self, *, method: str = "PUT", path: str = ".*", times: int = 1, after_bytes: int = 1024) -> None:
         """Read this many bytes of the body of the next matching requests, then drop the connection."""
         self.faults.append(Fault(method, re.compile(path), times, cut_after=after_bytes))
+
+    def cut_download(self, *, method: str = "GET", path: str = ".*", times: int = 1, after_bytes: int = 1024) -> None:
+        """Announce the whole answer to the next matching requests, send this many bytes of it, drop the connection."""
+        self.faults.append(Fault(method, re.compile(path), times, send_only=after_bytes))
+
+    def stall(self, seconds: float, *, method: str = ".*", path: str = ".*", times: int = 1) -> None:
+        """Serve the next matching requests only after this many seconds, or when the server is closed."""
+        self.faults.append(Fault(method, re.compile(path), times, delay=seconds))
 
     def lose_answer(self, *, method: str = ".*", path: str = ".*", times: int = 1) -> None:
         """Serve the next matching requests, changes included, and drop the connection instead of answering."""
@@ -332,16 +345,17 @@ class _Handler(BaseHTTPRequestHandler):
             request.body = self.read_body(headers, fault.cut_after if fault else None)
             if fault and fault.cut_after is not None:
                 raise CutConnection
+            if fault and fault.delay:
+                self.hub.closed.wait(fault.delay)
             answer = self.refuse(fault.answer) if fault and fault.answer else self.dispatch(request)
             if fault and fault.lose_answer:
                 raise CutConnection
-        except CutConnection:
+            request.status = answer.status
+            self.send(answer, fault.send_only if fault else None)
+        except (CutConnection, ConnectionError):
             self.close_connection = True
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        request.status = answer.status
-        self.send(answer)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
@@ -358,7 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(headers.get("content-length", 0))
         return self.rfile.read(length if limit is None else min(length, limit))
 
-    def send(self, answer: Answer) -> None:
+    def send(self, answer: Answer, limit: int | None = None) -> None:
         headers = dict(answer.headers)
         if isinstance(answer.body, bytes):
             body = answer.body
@@ -372,8 +386,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with suppress(OSError):
-                self.wfile.write(body)
+            self.wfile.write(body[:limit])
+        if limit is not None:
+            raise CutConnection
 
     def refuse(self, refusal: Refusal) -> Answer:
         return Answer({"error": refusal.message} if refusal.message else {}, refusal.headers, refusal.status)

@@ -6,13 +6,17 @@ server. Loading happens in processes of its own, which know nothing but the serv
 
 import base64
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,7 @@ from push_to_hub import PushError, PushResult, push_run, verify_push
 from tests import hub_server
 from tests.hub_server import HubServer, new_token
 from tests.model_cards.run_folders import metrics_of, predictions_of, recipe_of
+from trainers import hub as trainers_hub
 from trainers.errors import UserError
 from trainers.train import main as train
 
@@ -711,7 +716,7 @@ BUSY = {
 }
 
 
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, 500, 429])
 @pytest.mark.parametrize("place", BUSY)
 def test_a_busy_hub_is_asked_again(hub, run, place, status):
     method, path = BUSY[place]
@@ -766,6 +771,64 @@ def test_a_commit_cut_in_mid_upload_leaves_nothing(hub, run):
         push(hub, run)
     assert len(hub.commits("ada/reasoner")) == 1
     assert push(hub, run).changed
+
+
+@pytest.mark.parametrize("place", ["information", "upload", "commit"])
+def test_a_hub_that_is_too_slow(hub, run, command, monkeypatch, place):
+    """It takes longer than the client waits: one line; once it is quick again, the push is made."""
+    monkeypatch.setattr(trainers_hub, "LONGEST_SILENCE", 0.2)
+    method, path = BUSY[place]
+    hub.stall(60, method=method, path=path, times=10**6)
+    code, _, err = command(run, "ada/reasoner")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "timed out" in err
+    assert "pushing again is safe" in err
+    hub.faults.clear()
+    assert command(run, "ada/reasoner")[0] == 0
+    assert len(hub.commits("ada/reasoner")) == 2
+
+
+@pytest.mark.parametrize("place", ["information", "announcement", "upload", "commit"])
+def test_a_killed_push_is_made_by_the_next(hub, run, place):
+    """SIGKILL while a request is under way: the repository is as it was, and pushing again makes one whole commit."""
+    method, path = BUSY[place]
+    hub.stall(60, method=method, path=path)
+    killed_push(hub, run, lambda: hub.asked(method, path))
+    if place != "information":
+        assert set(hub.files("ada/reasoner")) == {".gitattributes"}
+    assert push(hub, run).changed
+    assert set(hub.files("ada/reasoner")) == files_of("vanilla_transformer") | {".gitattributes"}
+    assert len(hub.commits("ada/reasoner")) == 2
+
+
+def test_a_push_killed_after_its_commit_is_not_made_twice(hub, run):
+    hub.create_repository("ada/reasoner")
+    killed_push(hub, run, lambda: len(hub.commits("ada/reasoner")) == 2, then=60)
+    assert not push(hub, run).changed
+    assert len(hub.commits("ada/reasoner")) == 2
+
+
+def killed_push(hub: HubServer, run: Path, when: Callable[[], object], then: float = 0.0) -> None:
+    """A push in a copy of this process, which ends by SIGKILL as soon as `when` says so.
+
+    Args:
+        then: seconds that the push goes on to wait when it is through, so that it cannot end by itself.
+    """
+
+    def work() -> None:
+        close_session()
+        push(hub, run)
+        threading.Event().wait(then)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while not when():
+        assert process.is_alive(), "the push ended before it could be killed"
+        threading.Event().wait(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("path", ["/commit/", "/api/repos/create"])

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from trainers import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,3 +107,37 @@ def test_commands_name_what_exists(line):
     for word in words:
         if word.startswith("recipes/"):
             assert (ROOT / word).is_file(), word
+
+
+NEEDS = "# needs "
+HERE = ("tutorial.yaml", "--compare eager")
+LINES = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", HERE)
+def test_command_runs(quickstart, part):
+    """As written, with two update steps where it trains."""
+    folder, _ = quickstart
+    (line,) = [line for line in LINES if part in line]
+    words = shlex.split(line)
+    command = [sys.executable, *words[1:]]
+    if words[0] == "accelerate":
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:], "--max_steps", "2"]
+    assert run(command, cwd=folder)
+
+
+def test_every_command_is_run_or_marked():
+    """One of the tests above runs a command, or its line says what it needs that a test has not."""
+    run_above = ("quickstart", "pytest", *HERE)
+    for line in LINES:
+        assert NEEDS in line or any(part in line for part in run_above), line
+
+
+def test_version_is_the_same_everywhere():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)$", changes, re.MULTILINE).group(1) == __version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == __version__
+    assert f"version = {{{__version__}}}" in README
+    assert citation["title"] in README

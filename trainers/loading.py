@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
 
 from .errors import UserError, one_line
+from .hub import into_cache
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +35,16 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 # What the libraries raise for a folder, file or name that does not fit.
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError, StrictDataclassError)
+LOADING_ERRORS = (
+    OSError,
+    HTTPError,
+    ValueError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def saved_class(config: PreTrainedConfig) -> type:
@@ -129,7 +139,8 @@ def load_model(
             f"{option}: trust_remote_code runs the code that {name_or_path!r} brings; name the revision whose code you"
             " have read, such as a commit"
         )
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= into_cache(name, revision, trust_remote_code=trust_remote_code, option=option)
+    options["trust_remote_code"] = trust_remote_code
     model_options: dict[str, Any] = {}
     if dtype is not None:
         model_options["dtype"] = dtype

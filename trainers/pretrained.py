@@ -9,6 +9,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Recipe
 from .errors import UserError, one_line
+from .hub import into_cache
 from .loading import load_model
 
 SPECIAL_ROLES = ("pad_token", "bos_token", "eos_token", "unk_token")
@@ -24,15 +25,13 @@ def pretrained_model(recipe: Recipe, auto_class: Any) -> PreTrainedModel:
     Raises:
         UserError: if it cannot be loaded, or is of another architecture than the recipe says.
     """
+    assert recipe.pretrained is not None  # what this is called for
+    trust, field = recipe.trust_remote_code, "model.pretrained"
+    options = into_cache(recipe.pretrained, recipe.pretrained_revision, trust_remote_code=trust, option=field)
     try:
-        model = auto_class.from_pretrained(
-            recipe.pretrained,
-            revision=recipe.pretrained_revision,
-            trust_remote_code=recipe.trust_remote_code,
-            dtype=torch.float32,
-        )
+        model = auto_class.from_pretrained(recipe.pretrained, **options, trust_remote_code=trust, dtype=torch.float32)
     except Exception as error:  # a damaged file raises whatever its reader happens to meet
-        raise UserError(f"model.pretrained: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
+        raise UserError(f"{field}: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
     if model.config.model_type != recipe.model_type:
         raise UserError(
             f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a {model.config.model_type}"

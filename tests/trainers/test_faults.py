@@ -1,18 +1,25 @@
 """What breaks while a run is at work: damaged checkpoints, full disks, two runs in one folder, a loss that explodes."""
 
 import json
+import multiprocessing
 import os
+import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.test_security import make_model, write_pieces
+from trainers import couple, evaluate
+from trainers.coupling.analyzer import CouplingAnalyzer
 from trainers.files import CHECKSUMS_NAME, LOCK_NAME, damaged_file, write_checksums
 from trainers.run_trainer import last_complete_checkpoint
 from trainers.train import main
@@ -169,3 +176,85 @@ def test_plain_locale_and_no_cache(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     records = [json.loads(line) for line in (tmp_path / "sortie é/predictions.jsonl").read_text("utf-8").splitlines()]
     assert len(records) == 6
+
+
+def kill_in_the_middle(work: Callable[[], object], is_under_way: Callable[[], bool], seed: int) -> None:
+    """Start the work in a copy of this process, and end that by SIGKILL at a random moment once it is under way."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while not is_under_way():
+        assert process.is_alive(), "the work ended before it could be killed"
+        time.sleep(0.002)
+    time.sleep(random.Random(seed).uniform(0, 0.1))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the work ended before it could be killed"
+
+
+def slowly(monkeypatch, owner: type, name: str) -> list[int]:
+    """Make a method wait before it does its work. Returns a list that grows with every call in this process."""
+    plain, calls = getattr(owner, name), []
+
+    def slow(self, *arguments, **options):
+        calls.append(1)
+        time.sleep(0.03)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, slow)
+    return calls
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_evaluation_goes_on_to_the_same_end(run, tmp_path, monkeypatch, seed):
+    """30 questions in batches of 2: what was answered before the kill is not asked again, the files are the same."""
+    _, out = run
+    command = [str(out), "--batch_size", "2", "--output_dir"]
+    assert evaluate.main([*command, str(tmp_path / "whole")]) == 0
+    calls = slowly(monkeypatch, evaluate.Generator, "answer")
+    target, partial = tmp_path / "killed", tmp_path / "killed" / evaluate.PARTIAL
+    kill_in_the_middle(
+        lambda: evaluate.main([*command, str(target)]), lambda: partial.exists() and partial.stat().st_size > 0, seed
+    )
+    assert not (target / "metrics.json").exists()
+    before = partial.read_bytes().count(b"\n")
+    assert evaluate.main([*command, str(target)]) == 0
+    assert len(calls) == 15 - before < 15
+    assert (target / "predictions.jsonl").read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "whole", target))
+    assert first == second
+
+
+def test_killed_coupling_leaves_no_report_and_the_next_is_whole(tmp_path, monkeypatch):
+    """The plain way, without blocks on disk, starts again: no file of the killed one is taken for a result."""
+    model, pieces = make_model(tmp_path / "model"), write_pieces(tmp_path)
+    command = ["--model", str(model), "--dataset", str(pieces), "--tokens_per_batch", "4", "--output"]
+    assert couple.main([*command, str(tmp_path / "whole")]) == 0
+    calls = slowly(monkeypatch, CouplingAnalyzer, "_shard")
+    target = tmp_path / "killed"
+    kill_in_the_middle(lambda: couple.main([*command, str(target)]), lambda: target.exists(), seed=0)
+    assert not (target / couple.REPORT).exists()
+    assert couple.main([*command, str(target)]) == 0
+    assert calls
+    first, second = (load_file(folder / "coupling.safetensors") for folder in (tmp_path / "whole", target))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_clock_that_goes_backwards(run, tmp_path, monkeypatch):
+    """The newest checkpoint has the oldest date, and every look at the clock is earlier than the one before."""
+    recipe, out = run
+    newest = unfinished(out, tmp_path / "out")
+    for folder in (tmp_path / "out").glob("checkpoint-*"):
+        date = 2_000_000_000 - 1000 * int(folder.name.split("-")[1])
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (date, date))
+    shutil.rmtree(newest)
+    moments = iter(range(1_900_000_000, 0, -60))
+    monkeypatch.setattr(time, "time", lambda: float(next(moments)))
+    assert last_complete_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-15")
+    assert main([str(recipe), "--output_dir", str(tmp_path / "out"), "--resume"]) == 0
+    assert same_tensors(tmp_path / "out", out)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["train"]["seconds"] > 0

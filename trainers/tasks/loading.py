@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..errors import UserError
+from ..hub import limit_silence
 from .base import SPLITS, Example, SplitReport, Task, TaskArguments, check_split
 from .duplicates import NearDuplicates, question_key
 from .tokenization import byte_level_bpe
@@ -393,6 +394,7 @@ def read_hub(
     """
     import datasets  # takes seconds to import, and local files do without it
 
+    limit_silence()
     name = f"{hub_id} ({hub_split})"
     try:
         rows = datasets.load_dataset(hub_id, config, revision=revision, split=hub_split)

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ...errors import UserError, did_you_mean
+from ...hub import limit_silence
 from ..base import check_split
 from .base import ThoughtExamples, ThoughtTask, ThoughtTaskArguments, check_at_least
 
@@ -223,6 +224,7 @@ class Images(ImageTask):
                     raise UserError(f"task.data_dir: {folder} is no folder")
                 loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
             else:
+                limit_silence()
                 loaded = datasets.load_dataset(arguments.hub_id, arguments.hub_config, revision=arguments.hub_revision)
         except UserError:
             raise
