@@ -10,5 +10,6 @@ declares it in `not_applicable` (see `tests/hf_models/model_tests.py`), and the 
 NO_CUDA = "needs a CUDA GPU"
 NO_BROWSER = "needs Chromium"
 NO_SCIKIT_LEARN = "needs scikit-learn, of the extra `baselines`"
+NO_TORCHAO = "needs torchao, of the extra `quantized`"
 
-PERMITTED: frozenset[str] = frozenset({NO_CUDA, NO_BROWSER, NO_SCIKIT_LEARN})
+PERMITTED: frozenset[str] = frozenset({NO_CUDA, NO_BROWSER, NO_SCIKIT_LEARN, NO_TORCHAO})

@@ -30,6 +30,7 @@ TITLES = {
     "connection_transformer": "Connection Transformer",
     "continuous_thought_machine": "Continuous Thought Machine",
     "in_context_transformer": "In-context Transformer",
+    "memory": "Checkpointing and half precision",
     "tracking": "Internals tracking",
     "kernels": "Attention kernels of the Vanilla Transformer",
 }
@@ -40,6 +41,7 @@ JOBS: dict[str, list[str]] = {
     "connection_transformer": ["tests.benchmarks.bench_connection_transformer"],
     "continuous_thought_machine": ["tests.benchmarks.bench_continuous_thought_machine"],
     "in_context_transformer": ["tests.benchmarks.bench_in_context_transformer"],
+    "memory": ["tests.benchmarks.bench_memory"],
     "tracking": ["tests.benchmarks.bench_tracking", "--batch", "8", "--rounds", "5"],
     "kernels": ["trainers.trace", "--compare", "eager", "sdpa", "torch"],
 }

@@ -1,12 +1,12 @@
 """
 Memory of a training step with and without activation checkpointing, and what half precision does to the loss:
 
-    python -m tests.benchmarks.bench_memory [vanilla_transformer …] [--updates 10]
+    python -m tests.benchmarks.bench_memory [vanilla_transformer …] [--updates 5]
 
 One line for each architecture and measure. Peak memory is what a forward and backward pass adds to the resident memory
 of a process that holds the model and its gradients, each form in a process of its own on one thread (Linux). "bfloat16"
-and "float16" are autocast over weights in float32, float16 with a scaled loss. The losses are those of AdamW on one
-fixed batch from the same weights; the difference is the largest over the updates, relative to float32.
+and "float16" are autocast over weights in float32, float16 with a scaled loss. The losses are those of AdamW on two
+samples of that batch from the same weights; the difference is the largest over the updates, relative to float32.
 """
 
 import argparse
@@ -71,7 +71,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
         16,
     ),
     "continuous_thought_machine": (AutoModelForTokenClassification, {**TICKS, "dropout": 0.0}, 32),
-    "hyper_continuous_thought_machine": (AutoModelForTokenClassification, {**TICKS, "dropout": 0.0}, 32),
+    "hyper_continuous_thought_machine": (
+        AutoModelForTokenClassification,
+        {**TICKS, "synapse_depth": 3, "dropout": 0.0},
+        32,
+    ),
     "in_context_transformer": (AutoModelForTimeSeriesPrediction, {**CONTEXT, "max_points": 41, "dropout": 0.0}, 32),
     "low_rank_in_context_transformer": (
         AutoModelForSequenceClassification,
@@ -83,11 +87,15 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 LEARNING_RATE = 3e-4
 
 
-def make_model(name: str) -> PreTrainedModel:
-    """The architecture with random weights, always the same, in training mode."""
+def make_model(name: str, **changes: Any) -> PreTrainedModel:
+    """The architecture with random weights, always the same, in training mode.
+
+    Args:
+        changes: settings that differ from those of `CASES`.
+    """
     auto_class, settings, _ = CASES[name]
     torch.manual_seed(0)
-    return auto_class.from_config(AutoConfig.for_model(name, **settings)).train()
+    return auto_class.from_config(AutoConfig.for_model(name, **settings | changes)).train()
 
 
 def make_batch(name: str) -> dict[str, torch.Tensor]:
@@ -153,7 +161,7 @@ def losses(name: str, precision: str, updates: int) -> list[float]:
     """The losses before each of so many updates."""
     torch.set_num_threads(1)
     model, batch = make_model(name), make_batch(name)
-    batch = {key: value[:4] for key, value in batch.items()}
+    batch = {key: value[:2] for key, value in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=precision == "float16")
     found = []
@@ -176,7 +184,7 @@ def in_a_process(function: Callable, *arguments: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[], help="architectures, default all")
-    parser.add_argument("--updates", type=int, default=10, help="updates over which losses are compared")
+    parser.add_argument("--updates", type=int, default=5, help="updates over which losses are compared")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.cases or CASES:

@@ -709,6 +709,20 @@ def test_bound_on_the_steps():
         separate(**batch, max_reasoning_steps=6)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["compacted", "masked"])
+def test_a_measure_at_the_threshold_stops(monkeypatch, training):
+    """A sample stops after the first step whose measure is at most the threshold: also at the very threshold."""
+    model, batch = small_model(halting_threshold=0.25).train(training), random_batch()
+    step = model.encoder.reasoning.step
+
+    def measure(slot_states, candidate, update):
+        return torch.full((len(candidate),), 0.25)
+
+    monkeypatch.setattr(step, "halting_measure", measure)
+    with torch.no_grad():
+        assert (model(**batch).reasoning_steps == 1).all()
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_passes_the_bound_and_reads_the_source_once(beams):
     model, batch = small_model(), random_batch()

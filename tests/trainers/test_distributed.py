@@ -126,7 +126,7 @@ OTHER_KINDS = {
         },
         "task": {
             "name": "parity",
-            "options": {"length": 6, "num_train": 30, "num_validation": 11, "num_test": 21},
+            "options": {"length": 9, "num_train": 30, "num_validation": 11, "num_test": 21},
         },
         "training": TRAINING,
         # A certainty that some examples reach before the last tick and others do not.

@@ -317,3 +317,14 @@ def test_an_interval_of_many_scores_needs_little_memory():
     low, high = found["interval"]
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 100, rel=0.15)
+
+
+def test_a_draw_as_far_as_the_observation_counts():
+    """Both examples differ by one: half of the swaps give a mean as far from 0, none one that is further."""
+    p_value = crossed_permutation(np.ones((1, 2)), np.zeros((1, 2)), resamples=4000)
+    assert p_value == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_p_value_of_draws_is_never_zero():
+    """No draw of 100 gives the same sign for 40 examples: the observation itself still counts as one."""
+    assert crossed_permutation(np.ones((1, 40)), np.zeros((1, 40)), resamples=100) == pytest.approx(1 / 101)

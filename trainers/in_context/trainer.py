@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_models.in_context_transformer.modeling_in_context_transformer import IGNORED_LABEL, label_losses
 
@@ -39,6 +40,8 @@ class InContextTrainer(RunTrainer):
       prompts since the last log: `loss_after_5` at the place with five pairs before it, `loss_path_2` of questions
       with a path of two tables, `loss_no_path` of those without.
     - **Curriculum.** The values of its variables are logged too.
+    - **Evaluation.** `eval_loss` is the mean over all labels of the split, without the cost of gates, whatever the
+      batches and processes they were spread over (the library's is a mean of batch means).
 
     Args:
         levels: name -> number of each level to log. Levels are numbers of pairs, or path lengths with -1 for none.
@@ -91,6 +94,22 @@ class InContextTrainer(RunTrainer):
         numbers = torch.tensor(list(self.levels.values()), device=losses.device)
         member = (numbers[:, None] == level).to(losses)
         self._level_losses += torch.stack((member @ losses, member @ counted), dim=1)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the library's, with `{metric_key_prefix}_loss` as a mean over labels."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        logits, labels = (torch.as_tensor(values) for values in (output.predictions, output.label_ids))
+        config = self.accelerator.unwrap_model(self.model).config
+        losses = label_losses(logits.view_as(labels), labels, getattr(config, "objective", "binary_cross_entropy"))
+        loss = losses.double().sum() / labels.ne(IGNORED_LABEL).sum().clamp(min=1)
+        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": loss.item()})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
