@@ -694,6 +694,15 @@ def test_a_server_that_repeats_the_token_does_not_get_it_printed(hub, run, comma
         error = error.__cause__
 
 
+def test_a_server_that_repeats_another_secret_does_not_get_it_printed(hub, run, command):
+    secret = new_token()
+    hub.answer(500, path="/api/models/", times=100, message=f"the key {secret} is in use")
+    code, out, err = command(run, "ada/reasoner")
+    assert code == 2
+    assert "the key <secret> is in use" in err
+    assert secret not in out + err
+
+
 def test_no_server(hub, run, command):
     hub.close()
     code, _, err = command(run, "ada/reasoner")

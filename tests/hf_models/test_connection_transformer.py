@@ -713,7 +713,7 @@ def test_bound_on_the_steps():
 def test_a_measure_at_the_threshold_stops(monkeypatch, training):
     """A sample stops after the first step whose measure is at most the threshold: also at the very threshold."""
     model, batch = small_model(halting_threshold=0.25).train(training), random_batch()
-    step = model.encoder.reasoning.step
+    step = model.model.encoder.reasoning.step
 
     def measure(slot_states, candidate, update):
         return torch.full((len(candidate),), 0.25)
@@ -1456,8 +1456,11 @@ def test_loss_is_the_weighted_sum_of_its_parts():
         torch.testing.assert_close(outputs.loss, parts + 0.3 * outputs.step_cost_loss)
         torch.testing.assert_close(model(**batch, step_cost_weight=0).loss, parts)
         torch.testing.assert_close(model(**batch, step_cost_weight=2).loss, parts + 2 * outputs.step_cost_loss)
-        model.config.step_cost_target = 2
-        excess = (outputs.expected_steps - 2).clamp(min=0).square().mean()
+        # Some samples think for less than the target, which costs nothing.
+        target = outputs.expected_steps.mean().item()
+        model.config.step_cost_target = target
+        assert outputs.expected_steps.min() < target - 0.01
+        excess = (outputs.expected_steps - target).clamp(min=0).square().mean()
         torch.testing.assert_close(model(**batch).step_cost_loss, excess)
 
 

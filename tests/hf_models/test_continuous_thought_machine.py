@@ -40,6 +40,7 @@ from hf_models.continuous_thought_machine.modeling_continuous_thought_machine im
     ContinuousThoughtMachineHyperLinear,
     ContinuousThoughtMachineHyperNeuronLayer,
     draw_neurons,
+    first_certain,
 )
 from tests.hf_models.model_tests import ModelTests, assert_close, assert_equal
 
@@ -888,6 +889,16 @@ def test_samples_stop_when_certain(interval, hyper):
         assert_close(outputs[name], recorded[name], f"{name}, recorded", rtol=1e-10, atol=1e-12)
         together = torch.cat([output[name] for output in alone])
         assert_close(outputs[name], together, f"{name}, alone", rtol=1e-10, atol=1e-12)
+
+
+def test_a_certainty_at_the_threshold_suffices():
+    """Normalised entropies of one half, a quarter and none against a certainty of one half, then of three quarters."""
+    entropies = torch.tensor([[0.5], [0.25], [0.0]])
+    for threshold, tick in ((0.5, 1), (0.75, 2), (1.0, 3)):
+        ticks, happens = first_certain(entropies, threshold)
+        assert (ticks.tolist(), happens.tolist()) == ([tick], [True])
+    ticks, happens = first_certain(entropies[:2], 0.9)
+    assert (ticks.tolist(), happens.tolist()) == ([2], [False])
 
 
 def test_bounds_of_thinking():

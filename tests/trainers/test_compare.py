@@ -34,7 +34,7 @@ from trainers import compare
 from trainers.comparison.cells import Cell, CellFolder, Estimate, Outcome, Worker, run_cell, run_cells
 from trainers.comparison.cost import forward_flops
 from trainers.comparison.figures import all_charts
-from trainers.comparison.matching import matched_fields, trainable_parameters
+from trainers.comparison.matching import _check_counts, matched_fields, trainable_parameters
 from trainers.comparison.plan import (
     LEAST_SEEDS,
     TUNABLE,
@@ -474,6 +474,15 @@ def test_unmatched_parameters_are_refused(tmp_path, capsys):
         r"chase: connection has [\d,]+ trainable parameters and vanilla [\d,]+ \(.* more than 1 % apart", message
     )
     assert not (tmp_path / "out").exists(), "refused before anything is written"
+
+
+@pytest.mark.parametrize("count", [980, 1020])
+def test_fewer_parameters_are_refused_like_more(tmp_path, count):
+    comparison = read_comparison(write_comparison(tmp_path, parameters="matched"))
+    other = next(name for name in comparison.models if name != comparison.against)
+    _check_counts(comparison, "chase", {comparison.against: 1000, other: 1005})
+    with pytest.raises(UserError, match=rf"{other} has [\d,]+ trainable parameters and {comparison.against} 1,000"):
+        _check_counts(comparison, "chase", {comparison.against: 1000, other: count})
 
 
 def test_all_models_get_the_same_but_their_own(tmp_path):

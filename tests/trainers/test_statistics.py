@@ -328,3 +328,22 @@ def test_a_draw_as_far_as_the_observation_counts():
 def test_a_p_value_of_draws_is_never_zero():
     """No draw of 100 gives the same sign for 40 examples: the observation itself still counts as one."""
     assert crossed_permutation(np.ones((1, 40)), np.zeros((1, 40)), resamples=100) == pytest.approx(1 / 101)
+
+
+def test_runs_count_by_the_fourth_root_of_their_share():
+    """A plain rewrite of the draws, with draws of its own: swapped examples, and runs dealt anew."""
+    rng = np.random.default_rng(1)
+    first = (rng.random((3, 12)) < 0.75).astype(float) + 0.1 * rng.standard_normal((3, 1))
+    second = (rng.random((3, 12)) < 0.5).astype(float) + 0.1 * rng.standard_normal((3, 1))
+    difference, count = first - second, 20000
+    share = _squared_error(difference)[2]
+    assert 0.05 < share < 0.6, "the share must tell its roots apart"
+    swaps = rng.choice([-1.0, 1.0], size=(count, 12))
+    labels = np.array([rng.permutation([1.0] * 3 + [-1.0] * 3) for _ in range(count)])
+    runs = np.concatenate([first.mean(1), second.mean(1)])
+    drawn = (swaps * difference.mean(0)).mean(1) + share**0.25 * (labels @ runs) / 3
+    expected = (np.abs(drawn) >= abs(difference.mean())).mean()
+    found = crossed_permutation(first, second, resamples=20000)
+    assert found == pytest.approx(expected, abs=0.015)
+    narrower = (swaps * difference.mean(0)).mean(1) + share**0.5 * (labels @ runs) / 3
+    assert abs((np.abs(narrower) >= abs(difference.mean())).mean() - expected) > 0.03, "too alike to tell"
