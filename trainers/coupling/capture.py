@@ -7,6 +7,7 @@ piece's own g_t, and no weight gradient is ever computed.
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,13 @@ from .encoding import EncodedPiece
 from .layers import TargetLayer
 
 AnswerTokens = Literal["full", "first"]
+
+# Decoders whose last block ends with an MLP that works on each position by itself, with nothing after it but a norm and
+# the head: where no answer token is predicted its output is never used.
+ENDS_WITH_MLP = frozenset(
+    ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+)
+_BLOCK_MLP = re.compile(r"\.(\d+)\.mlp$")
 
 
 @dataclass
@@ -97,6 +105,11 @@ class Capture:
         self.bias = bias
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = set(inspect.signature(base.forward).parameters)
+        self._last_mlp = _last_mlp(base)
+        # Models that take `logits_to_keep` apply the head to hidden states, and work on single logits from there on.
+        head = base.get_output_embeddings() if "logits_to_keep" in self._accepted else None
+        is_target = any(module is head for layer in layers for module in layer.modules)
+        self._head = None if is_target else head
         self._records: dict[int, list[list[torch.Tensor | None]]] = {}
         self.reached: set[str] = set()
         self._in_backward = False
@@ -121,7 +134,7 @@ class Capture:
             RowsLostError: if a layer's rows cannot be told apart by piece; a batch of one piece always works.
             UserError: if a log-probability or gradient is not finite, naming the piece.
         """
-        self._records, self._widths = {}, set()
+        self._records = {}
         with evaluation_mode(self.model), frozen(self.model), self._hooks(), torch.enable_grad():
             log_probs = self.log_probabilities_with_graph(pieces)
             for piece, value in zip(pieces, log_probs.tolist(), strict=True):
@@ -138,6 +151,7 @@ class Capture:
 
     def log_probabilities_with_graph(self, pieces: Sequence[EncodedPiece]) -> torch.Tensor:
         """The same in whatever mode the model and autograd are in."""
+        self._widths = set()
         answers = [piece.answer_ids if self.answer == "full" else piece.answer_ids[:1] for piece in pieces]
         if self.model.config.is_encoder_decoder:
             logits, at = self._seq2seq_logits(pieces, answers)
@@ -155,24 +169,77 @@ class Capture:
         rows = [[*piece.prompt_ids, *answer[:-1]] for piece, answer in zip(pieces, answers, strict=True)]
         tokens, mask = self._pad(rows, self.padding_side)
         width = tokens.shape[1]
-        offsets = [0 if self.padding_side == "right" else width - len(row) for row in rows]
-        at = [
-            offset + len(piece.prompt_ids) - 1 + step
-            for offset, piece, answer in zip(offsets, pieces, answers, strict=True)
-            for step in range(len(answer))
-        ]
+        # Of each row a window as long as the longest answer: the positions that predict an answer token, and others.
+        longest = max(map(len, answers))
+        first = [len(piece.prompt_ids) - 1 for piece in pieces]
+        if self.padding_side == "left":
+            first = [width - len(row) + place for row, place in zip(rows, first, strict=True)]
+        starts = [min(place, width - longest) for place in first]
+        window = torch.tensor([list(range(start, start + longest)) for start in starts], device=tokens.device)
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
         if "position_ids" in self._accepted:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in self._accepted:
             inputs["use_cache"] = False
-        if "logits_to_keep" in self._accepted:
-            # The head is a fifth to a third of a small model's work: apply it where an answer is predicted only.
-            kept = sorted(set(at))
-            inputs["logits_to_keep"] = torch.tensor(kept, device=tokens.device)
-            position = {column: index for index, column in enumerate(kept)}
-            at = [position[column] for column in at]
-        return self.model(**inputs).logits, at
+        columns = None
+        if self._head is None and "logits_to_keep" in self._accepted:
+            columns = sorted(set(window.flatten().tolist()))
+            inputs["logits_to_keep"] = torch.tensor(columns, device=tokens.device)
+        with self._at_answers(window, width) as applied:
+            logits = self.model(**inputs).logits
+        if self._head is not None and applied["head"]:
+            first = [place - start for place, start in zip(first, starts, strict=True)]
+        elif columns is not None:
+            first = [columns.index(place) for place in first]
+        return logits, [
+            place + step for place, answer in zip(first, answers, strict=True) for step in range(len(answer))
+        ]
+
+    @contextmanager
+    def _at_answers(self, window: torch.Tensor, width: int) -> Iterator[dict[str, bool]]:
+        """Inside, the head and the last block's MLP work where an answer token is predicted only.
+
+        The head is a fifth to a third of a small model's work; together they bring a run over the last few layers 7 %.
+
+        Args:
+            window: columns of each row, `(pieces, longest answer)`.
+            width: number of columns.
+
+        Yields:
+            Whether the head was, once the model has run.
+        """
+        applied = {"head": False}
+
+        def chosen(args: tuple) -> torch.Tensor | None:
+            values = args[0] if len(args) == 1 else None
+            if not isinstance(values, torch.Tensor) or values.dim() != 3 or values.shape[:2] != (len(window), width):
+                return None
+            return values.gather(1, _across(window, values))
+
+        def before_head(module: nn.Module, args: tuple):
+            values = chosen(args)
+            applied["head"] = values is not None
+            return None if values is None else (values,)
+
+        def before_mlp(module: nn.Module, args: tuple):
+            values = chosen(args)
+            return None if values is None else (values,)
+
+        def after_mlp(module: nn.Module, args: tuple, output: Any):
+            if not isinstance(output, torch.Tensor) or output.shape[:2] != window.shape or window.shape[1] == width:
+                return None
+            whole = output.new_zeros(len(window), width, output.shape[-1])
+            return whole.scatter(1, _across(window, output), output)
+
+        handles = [] if self._head is None else [self._head.register_forward_pre_hook(before_head)]
+        if self._last_mlp is not None:
+            handles.append(self._last_mlp.register_forward_pre_hook(before_mlp))
+            handles.append(self._last_mlp.register_forward_hook(after_mlp))
+        try:
+            yield applied
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _seq2seq_logits(self, pieces: Sequence[EncodedPiece], answers: Sequence[Sequence[int]]):
         tokens, mask = self._pad([piece.prompt_ids for piece in pieces], self.padding_side)
@@ -241,8 +308,10 @@ class Capture:
                 if gradient is None:
                     continue  # its output does not reach the answer
                 self.reached.add(layer.name)
-                gradient = self._by_piece(layer, gradient, len(pieces))
-                inputs = entering if isinstance(module, nn.Embedding) else self._by_piece(layer, entering, len(pieces))
+                gradient = self.by_piece(layer.name, gradient, len(pieces))
+                inputs = (
+                    entering if isinstance(module, nn.Embedding) else self.by_piece(layer.name, entering, len(pieces))
+                )
                 self._check_finite(layer, gradient, inputs, pieces)
                 bias = getattr(module, "bias", None)
                 if id(bias) in totals:
@@ -267,14 +336,18 @@ class Capture:
             left, right = left[order], right[order]
         return LayerTerms(left, right, owner, list(totals.values()))
 
-    def _by_piece(self, layer: TargetLayer, values: torch.Tensor, count: int) -> torch.Tensor:
-        """`(rows..., features)` -> `(pieces, tokens, features)`."""
+    def by_piece(self, layer: str, values: torch.Tensor, count: int) -> torch.Tensor:
+        """What a layer reads or writes, `(rows..., features)`, as `(pieces, tokens, features)`.
+
+        Raises:
+            RowsLostError: with the layer's name, if the rows cannot be told apart by piece.
+        """
         if count == 1 or (values.dim() > 1 and values.shape[0] == count):
             return values.reshape(count, -1, values.shape[-1])
         # Some blocks (OPT's) flatten pieces and tokens into one dimension.
         if values.dim() == 2 and values.shape[0] in {count * width for width in self._widths}:
             return values.reshape(count, -1, values.shape[-1])
-        raise RowsLostError(layer.name)
+        raise RowsLostError(layer)
 
     def _check_finite(
         self, layer: TargetLayer, gradient: torch.Tensor, inputs: torch.Tensor, pieces: Sequence[EncodedPiece]
@@ -285,6 +358,24 @@ class Capture:
                 for piece, good in zip(pieces, finite, strict=True):
                     if not good:
                         raise UserError(f"piece {piece.piece_id!r}, layer {layer.name!r}: the {what} is not finite")
+
+
+def _across(window: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Columns as an index for all features of `(pieces, tokens, features)`."""
+    return window.to(values.device)[:, :, None].expand(-1, -1, values.shape[-1])
+
+
+def _last_mlp(model: PreTrainedModel) -> nn.Module | None:
+    """The MLP of the last block of one of the library's own decoders, if it serves that block alone."""
+    if model.config.model_type not in ENDS_WITH_MLP or not type(model).__module__.startswith("transformers.models."):
+        return None
+    found = {
+        int(match[1]): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (match := _BLOCK_MLP.search(name))
+    }
+    last = found.pop(model.config.num_hidden_layers - 1, None)
+    return None if any(module is last for module in found.values()) else last
 
 
 def one_hot(index: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece, KnowledgePiece
-from trainers.coupling.capture import LayerTerms
+from trainers.coupling.capture import ENDS_WITH_MLP, LayerTerms
 from trainers.coupling.gram import cheaper_way, layer_gram
 from trainers.errors import UserError
 
@@ -105,6 +105,26 @@ def test_equals_autograd_on_every_architecture(model_type):
     for padding_side in ("right",) if model.config._attn_implementation == "eager" else ("right", "left"):
         check_against_naive(model, padding_side=padding_side, tolerance=tolerance)
     check_against_naive(model, answer="first", tokens_per_batch=20, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("model_type", sorted(ENDS_WITH_MLP))
+def test_head_and_last_mlp_work_on_answers_only(model_type):
+    model = tiny_model(model_type)
+    analyzer = CouplingAnalyzer(model)
+    last = model.get_submodule(analyzer.targets[-1].name.rpartition(".")[0])
+    assert analyzer.capture._last_mlp is last
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:2])))
+        for module in (last.get_submodule(analyzer.targets[-1].name.rpartition(".")[2]), model.get_output_embeddings())
+    ]
+    analyzer.capture.terms(PIECES)
+    longest = max(len(piece.answer_ids) for piece in PIECES)
+    assert seen == [(len(PIECES), longest)] * 2
+    for handle in handles:
+        handle.remove()
+    before = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert before.shape[1] == 3  # and as ever outside
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "t5", "vanilla_transformer"])
