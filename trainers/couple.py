@@ -34,7 +34,7 @@ from .coupling.analyzer import DEFAULT_MEMORY, SMALLEST_MEMORY, started_processe
 from .coupling.figures import distribution, heat_map, ripple_chart
 from .coupling.page import make_page
 from .coupling.report import HIGH_COUPLING, LOW_COUPLING, make_report, representatives
-from .coupling.ripple import SIZES, EditKind, validate
+from .coupling.ripple import FULL, PREDICTIONS, SIZES, EditKind, validate
 from .distributed import on_main_process
 from .errors import UserError, did_you_mean, one_line
 from .figures import save_figure
@@ -118,7 +118,19 @@ class CoupleArguments:
         metadata={"help": "answer: along its gradient; replacement: along that of the new answer; lora: by adapters."},
     )
     edit_sizes: str = field(
-        default=",".join(map(str, SIZES)), metadata={"help": "Predicted own gains of the edits, in nats, by commas."}
+        default=",".join(map(str, SIZES)),
+        metadata={
+            "help": "Predicted own gains of the edits, in nats, by commas; full: replace until the new answer is more "
+            "probable than the old one."
+        },
+    )
+    edit_steps: int = field(default=1, metadata={"help": "Make each edit in so many steps."})
+    ripple_prediction: str = field(
+        default="first_order",
+        metadata={
+            "help": "Predictions of the ripples, by commas: first_order, which is always made; second_order adds the "
+            "curvature; path takes the gradients at start, middle and end of the edit."
+        },
     )
     edit_size: float | int = field(default=0.3, metadata={"help": "Predicted own gain of the charted edits, in nats."})
     seed: int = field(default=0, metadata={"help": "Of permutations, of the draw of edits and of their intervals."})
@@ -133,7 +145,11 @@ class CoupleArguments:
             raise ValueError(f"--validate is {self.edits}; it must be at least 0")
         if self.edit_size <= 0:
             raise ValueError(f"--edit_size is {self.edit_size}; it must be above 0")
-        sizes_of(self.edit_sizes)
+        if FULL in sizes_of(self.edit_sizes) and self.edit != "replacement":
+            raise ValueError(f"--edit_sizes full: needs new answers, --edit replacement; --edit is {self.edit}")
+        if self.edit_steps < 1:
+            raise ValueError(f"--edit_steps is {self.edit_steps}; it must be at least 1")
+        predictions_of(self.ripple_prediction)
         if self.memory is not None:
             bytes_of(self.memory)
         if self.device is not None and self.device_map is not None:
@@ -162,18 +178,34 @@ def bytes_of(text: str) -> int:
 
 
 def sizes_of(text: str) -> list[float]:
-    """The sizes of edits from a text such as "0.1,0.3".
+    """The sizes of edits from a text such as "0.1,0.3,full".
 
     Raises:
-        ValueError: for a text that is no list of numbers above 0.
+        ValueError: for a text that is no list of numbers above 0 and "full".
     """
+    words = [word.strip() for word in text.split(",")]
     try:
-        sizes = [float(word) for word in text.split(",")]
+        sizes = [float(word) for word in words if word != "full"]
     except ValueError:
-        sizes = []
-    if not sizes or not all(0 < size < math.inf for size in sizes):
-        raise ValueError(f"--edit_sizes is {text!r}; it must be numbers above 0, separated by commas")
-    return sizes
+        sizes = [0.0]
+    if not all(0 < size < math.inf for size in sizes):
+        raise ValueError(f"--edit_sizes is {text!r}; it must be numbers above 0, or full, separated by commas")
+    return [*sizes, *([FULL] if "full" in words else [])]
+
+
+def predictions_of(text: str) -> list[str]:
+    """The predictions of ripples beside that of first order, from a text such as "second_order,path".
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    known = ("first_order", *PREDICTIONS)
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in known:
+            hint = did_you_mean(word, known)
+            raise ValueError(f"--ripple_prediction: unknown prediction {word!r}{hint}; known: {', '.join(known)}")
+    return [name for name in PREDICTIONS if name in words]
 
 
 def parse(argv: Sequence[str]) -> CoupleArguments:
@@ -297,6 +329,8 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
             chosen_size=arguments.edit_size,
             coupling=coupling,
             seed=arguments.seed,
+            steps=arguments.edit_steps,
+            predictions=predictions_of(arguments.ripple_prediction),
         )
     report = write_report(folder, arguments, found, coupling, device_facts(model, seconds), validation, command)
     if by_blocks:
@@ -428,17 +462,24 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
         print(f"ripples  {validation['edits']} edits, weights restored: {validation['restored_bit_for_bit']}")
         print("         own gain  first-order  coupling  right signs  linearity error")
         for size in validation["sizes"]:
-            row = [
-                size["own_gain"]["median"],
-                *(size["spearman"][key]["median"] for key in ("first_order", "coupling")),
-            ]
-            row += [size["sign_agreement"]["value"], size["linearity_error"]["median"]]
-            shown = ["-" if value is None else f"{value:.3f}" for value in row]
-            print(
-                "         "
-                + "  ".join(cell.rjust(width) for cell, width in zip(shown, (8, 11, 8, 11, 15), strict=True))
+            values = [size["own_gain"]["median"]]
+            values += [size["spearman"][key]["median"] for key in ("first_order", "coupling")]
+            _print_row(
+                [*values, size["sign_agreement"]["value"], size["linearity_error"]["median"]], (8, 11, 8, 11, 15)
             )
+        for kind in validation["predictions_hold_up_to_own_gain"]:
+            print(f"         own gain  {kind.replace('_', '-'):>12}  right signs  linearity error")
+            for size in validation["sizes"]:
+                values = [size["own_gain"]["median"], size["spearman"][kind]["median"]]
+                found = size["predictions"][kind]
+                values += [found["sign_agreement"]["value"], found["linearity_error"]["median"]]
+                _print_row(values, (8, 12, 11, 15))
     print(f"report   {folder / REPORT}\npage     {folder / 'coupling.html'}")
+
+
+def _print_row(values: Sequence[float | None], widths: Sequence[int]) -> None:
+    cells = ["-" if value is None else f"{value:.3f}" for value in values]
+    print("         " + "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
 
 def _value(name: str, raw: str, expected: Any) -> Any:

@@ -65,7 +65,7 @@ def distribution(coupling: Coupling, high: float = HIGH_COUPLING, low: float = L
     for name, chosen in groups:
         kept = values[chosen & ~np.isnan(values)]
         if len(kept):
-            axes.hist(kept, bins, density=True, alpha=0.6, label=f"{name} ({len(kept)} pairs)")
+            axes.hist(kept, bins.tolist(), density=True, alpha=0.6, label=f"{name} ({len(kept)} pairs)")
     for threshold, name in ((high, "high"), (low, "low")):
         axes.axvline(threshold, color="0.3", linestyle="--", linewidth=1)
         axes.annotate(name, (threshold, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8)
@@ -91,7 +91,9 @@ def ripple_chart(validation: dict[str, Any]) -> "Figure":
     calibration.set_title(f"own gain {chosen['own_gain']['median']:.2f} nats, slope {chosen['slope']:.2f}")
     calibration.legend()
     gains = [size["predicted_own_gain"] for size in sizes]
-    for key, label in (("first_order", "first-order prediction"), ("coupling", "coupling alone")):
+    curves = {"first_order": "first-order prediction", "coupling": "coupling alone"}
+    curves |= {name: name.replace("_", " ") for name in sizes[0]["predictions"]}
+    for key, label in curves.items():
         validity.plot(
             gains, [size["spearman"][key]["median"] for size in sizes], marker="o", label=f"Spearman, {label}"
         )

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from trainers.coupling import CouplingAnalyzer, KnowledgePiece
 from trainers.coupling.figures import ripple_chart
-from trainers.coupling.ripple import measure_edits, ranking_quality, spearman, validate
+from trainers.coupling.ripple import FULL, PREDICTIONS, measure_edits, ranking_quality, spearman, validate
 from trainers.errors import UserError
 
 from .test_gradsim import CASES, GOLDEN, GOLDEN_PIECES, golden_model
-from .tools import PIECES, tiny_model, word_tokenizer
+from .tools import PIECES, naive_log_prob, tiny_model, word_tokenizer
 
 TEXTS = [KnowledgePiece(f"k{i}", f"w{i} w{i % 3} w{i % 5}", f"w{i % 4}", group=str(i % 2)) for i in range(10)]
 
@@ -71,6 +71,94 @@ def test_small_edits_follow_the_prediction(model_type):
     }
     json.dumps(result, allow_nan=False)
     assert len(ripple_chart(result).axes) == 2
+
+
+@pytest.mark.parametrize("edit", ["answer", "lora"])
+def test_predictions_along_the_edit(edit):
+    """Each is better than the one before it by a power of the edit's size."""
+    analyzer = text_analyzer(activation_function="gelu")
+    arguments = {"edit": edit, "chosen_size": 0.01, "predictions": PREDICTIONS}
+    result = validate(analyzer, TEXTS, 3, sizes=(0.02,), **arguments)
+    small, large = result["sizes"]
+    for size in (small, large):
+        second, path = (size["predictions"][name] for name in ("second_order", "path"))
+        errors = [one["linearity_error"]["median"] for one in (size, second, path)]
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+        assert second["slope"] == pytest.approx(1, abs=1e-2)
+        assert path["slope"] == pytest.approx(1, abs=1e-4)
+        assert size["spearman"]["path"]["median"] == pytest.approx(1)
+    growth = [
+        large["predictions"][name]["linearity_error"]["median"]
+        / small["predictions"][name]["linearity_error"]["median"]
+        for name in PREDICTIONS
+    ]
+    assert growth[0] == pytest.approx(4, rel=0.2)  # errors of third order, beside changes of first
+    assert growth[1] > 8  # of fifth order
+    assert result["predictions_hold_up_to_own_gain"] == dict.fromkeys(PREDICTIONS, large["own_gain"]["median"])
+    assert result["restored_bit_for_bit"]
+    assert len(ripple_chart(result).axes[1].lines) == 5
+    json.dumps(result, allow_nan=False)
+
+
+def test_edits_in_several_steps():
+    """Steps along the gradient of where they start: ascent as it is trained, whose own gain adds up."""
+    analyzer = text_analyzer()
+    encoded = analyzer.encode(TEXTS)
+    model, parameters = analyzer.model, [p for layer in analyzer.targets for p in (layer.weight, *layer.biases)]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    result = measure_edits(analyzer, encoded[:1], encoded, [0.6], steps=3, predictions=["path"])
+    assert result["steps"].tolist() == [[3]]
+    before = analyzer.log_probabilities(encoded)
+    for _ in range(3):
+        log_prob = naive_log_prob(model, encoded[0].prompt_ids, encoded[0].answer_ids)
+        gradient = torch.autograd.grad(log_prob, parameters)
+        squared = sum(part.square().sum() for part in gradient)
+        assert log_prob < -0.4  # or steps would be shorter
+        with torch.no_grad():
+            for parameter, part in zip(parameters, gradient, strict=True):
+                parameter += 0.2 / squared * part
+    expected = analyzer.log_probabilities(encoded) - before
+    with torch.no_grad():
+        for parameter, old in zip(parameters, saved, strict=True):
+            parameter.copy_(old)
+    np.testing.assert_allclose(result["changes"][0, 0], expected, atol=1e-12)
+    np.testing.assert_allclose(result["kinds"]["path"][0, 0], expected, atol=1e-3)
+    single = measure_edits(analyzer, encoded[:1], encoded, [0.6])["changes"][0, 0]
+    assert abs(expected[0] - 0.6) < abs(single[0] - 0.6)
+
+
+def test_a_step_does_not_aim_beyond_certainty():
+    analyzer = text_analyzer()
+    encoded = analyzer.encode(TEXTS)
+    lacking = -analyzer.log_probabilities(encoded)[0]
+    gain = measure_edits(analyzer, encoded[:1], encoded, [100 * lacking], steps=100)["changes"][0, 0, 0]
+    assert 0 < gain < lacking
+
+
+def test_replacement_until_the_new_answer_wins():
+    pieces = list(TEXTS)
+    for index in (0, 4, 7):
+        pieces[index] = replace(pieces[index], new_answer=f"w{(index + 1) % 4}", role="edit")
+    analyzer = text_analyzer()
+    result = validate(analyzer, pieces, 3, edit="replacement", sizes=(FULL,), chosen_size=0.1, predictions=["path"])
+    small, full = result["sizes"]
+    assert (small["size"], full["size"]) == (0.1, "full")
+    assert small["replaced"] < full["replaced"] == 1
+    assert full["steps"]["max"] > 1
+    assert full["made"] == full["sign_agreement"]["edits"] == 1  # the other two new answers lead already
+    assert full["predicted_own_gain"] == full["own_gain"]["median"]
+    assert full["predictions"]["path"]["linearity_error"]["median"] < full["linearity_error"]["median"]
+    json.dumps(result, allow_nan=False)
+    assert result["restored_bit_for_bit"]
+    # A new answer that is the more probable one already needs no edit, and leaves no ripple to rank.
+    easy = [replace(piece, new_answer="w0" if piece.answer != "w0" else "w1") for piece in TEXTS]
+    new = analyzer.encode([replace(piece, answer=piece.new_answer) for piece in easy])
+    ahead = analyzer.log_probabilities(new) > analyzer.log_probabilities(analyzer.encode(TEXTS))
+    found = measure_edits(analyzer, new, new, [FULL], rivals=analyzer.encode(TEXTS))
+    assert ((found["steps"][0] == 0) == ahead).all()
+    assert ahead.any()
+    with pytest.raises(ValueError, match="needs the piece that is to be overtaken"):
+        measure_edits(analyzer, new, new, [FULL])
 
 
 def test_replacement_edits_raise_the_new_answer():
@@ -149,6 +237,9 @@ def test_what_cannot_be_validated():
         ({"count": 11}, "between 1 and 10"),
         ({"count": 1, "edit": "replacement"}, "between 1 and 0, the pieces with a new answer"),
         ({"count": 1, "sizes": (0.0,)}, "must be above 0"),
+        ({"count": 1, "sizes": (FULL,)}, "needs new answers, and the edit is 'answer'"),
+        ({"count": 1, "steps": 0}, "in 0 steps; it must be at least 1"),
+        ({"count": 1, "predictions": ["third_order"]}, "unknown prediction 'third_order'; known: second_order, path"),
     ]:
         with pytest.raises(UserError, match=message):
             validate(analyzer, TEXTS, **arguments)
