@@ -27,13 +27,22 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem; color: #1c1c1c; background: #fff; }}
 main {{ display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }}
-canvas {{ image-rendering: pixelated; border: 1px solid #999; cursor: crosshair; touch-action: none; }}
+figure {{ margin: 0; position: relative; }}
+@media (min-width: 75rem) {{ figure {{ position: sticky; top: 1rem; }} }}
+canvas {{ image-rendering: pixelated; border: 1px solid #999; cursor: crosshair; touch-action: none; display: block; }}
+#mark {{ position: absolute; box-sizing: content-box; border: 2px solid #000; outline: 1px solid #fff;
+  pointer-events: none; display: none; }}
+figcaption {{ display: flex; gap: .5rem; align-items: center; margin-top: .4rem; }}
+.scale {{ width: 12rem; height: .8rem; border: 1px solid #999; background: linear-gradient(90deg, #00f, #fff, #f00); }}
 section {{ flex: 1 1 24rem; max-width: 46rem; }}
 dl {{ margin: 0 0 1rem; }}
 dt {{ font-weight: 600; }}
 dd {{ margin: 0 0 .5rem; }}
 table {{ border-collapse: collapse; width: 100%; }}
 td, th {{ text-align: left; padding: .15rem .5rem .15rem 0; vertical-align: top; border-top: 1px solid #ddd; }}
+#neighbours tr {{ cursor: pointer; }}
+#neighbours tr:hover {{ background: #f2f2f2; }}
+.clamp {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }}
 .value {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .note {{ color: #555; }}
 </style>
@@ -42,11 +51,17 @@ td, th {{ text-align: left; padding: .15rem .5rem .15rem 0; vertical-align: top;
 <h1>{title}</h1>
 <p class="note">{subtitle}</p>
 <main>
-<canvas id="map" role="img" aria-label="Heat map of couplings"></canvas>
+<figure>
+<canvas id="map" tabindex="0" role="img" aria-label="Heat map of couplings; arrow keys move, Enter lists neighbours">
+</canvas>
+<div id="mark"></div>
+<figcaption class="note">&minus;1 <span class="scale"></span> 1 <span>coupling; grey: undefined</span></figcaption>
+</figure>
 <section>
 <p><label>Matrix <select id="which"></select></label></p>
-<div id="cell" aria-live="polite"><p class="note">Point at a cell to read its two pieces; click to list the neighbours
-of the row's piece.</p></div>
+<p class="note">Point at a cell, or move with the arrow keys, to read its two pieces. Click, or press Enter, to list the
+neighbours of the row's piece.</p>
+<div id="cell" aria-live="polite"></div>
 <div id="neighbours"></div>
 </section>
 </main>
@@ -92,8 +107,12 @@ function describe(index) {{
   const list = document.createElement("dl");
   list.append(element("dt", piece.piece_id), element("dd", piece.prompt ?? ""));
   if (piece.answer !== undefined) list.append(element("dd", "→ " + piece.answer));
-  const facts = ["category", "group", "role"].map((key) => piece[key]).filter(Boolean);
-  if (facts.length) list.append(element("dd", facts.join(" · ")));
+  const facts = ["category", "group", "role"].filter((key) => piece[key]).map((key) => `${{key}} ${{piece[key]}}`);
+  if (facts.length) {{
+    const line = element("dd", facts.join(" · "));
+    line.className = "note";
+    list.append(line);
+  }}
   return list;
 }}
 function place(event) {{
@@ -101,13 +120,21 @@ function place(event) {{
   const at = (offset, size) => Math.min(count - 1, Math.max(0, Math.floor(offset / size * count)));
   return [at(event.clientY - box.top, box.height), at(event.clientX - box.left, box.width)];
 }}
-function point(event) {{
-  const [row, column] = place(event);
-  const heading = element("h2", "coupling " + shown(coupling(row, column)));
-  document.getElementById("cell").replaceChildren(heading, describe(row), describe(column));
+let current = [0, 0];
+function show(row, column) {{
+  current = [row, column];
+  const one = data.pieces[row], other = data.pieces[column];
+  const where = row === column ? " (a piece with itself)" : one.pot && one.pot === other.pot ? " (one question)" : "";
+  const heading = element("h2", "coupling " + shown(coupling(row, column)) + where);
+  const both = row === column ? [describe(row)] : [describe(row), describe(column)];
+  document.getElementById("cell").replaceChildren(heading, ...both);
+  const mark = document.getElementById("mark"), size = canvas.clientWidth / count;
+  Object.assign(mark.style, {{
+    display: "block", width: size + "px", height: size + "px",
+    left: canvas.clientLeft + column * size - 2 + "px", top: canvas.clientTop + row * size - 2 + "px",
+  }});
 }}
-function list(event) {{
-  const [row] = place(event);
+function list(row) {{
   const others = [...Array(count).keys()].filter((other) => other !== row && coupling(row, other) !== null);
   others.sort((one, other) => coupling(row, other) - coupling(row, one));
   const table = document.createElement("table");
@@ -116,15 +143,35 @@ function list(event) {{
     const value = element("td", shown(coupling(row, other)));
     value.className = "value";
     const piece = data.pieces[other];
-    line.append(value, element("td", piece.prompt ?? piece.piece_id), element("td", piece.answer ?? ""));
+    const asked = document.createElement("td");
+    const text = element("div", piece.prompt ?? piece.piece_id);
+    text.className = "clamp";
+    text.title = text.textContent;
+    asked.append(text);
+    line.append(value, asked, element("td", piece.answer ?? ""));
+    line.addEventListener("click", () => show(row, other));
     table.append(line);
   }}
   const heading = element("h2", "Neighbours of " + data.pieces[row].piece_id);
   document.getElementById("neighbours").replaceChildren(heading, table);
 }}
-canvas.addEventListener("pointermove", point);
-canvas.addEventListener("pointerdown", (event) => {{ point(event); list(event); }});
-which.addEventListener("change", draw);
+const arrows = {{ ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }};
+function press(event) {{
+  const step = arrows[event.key];
+  if (step) show(...current.map((at, axis) => Math.min(count - 1, Math.max(0, at + step[axis]))));
+  else if (event.key === "Enter") list(current[0]);
+  else return;
+  event.preventDefault();
+}}
+canvas.addEventListener("pointermove", (event) => show(...place(event)));
+canvas.addEventListener("pointerdown", (event) => {{ show(...place(event)); list(current[0]); }});
+canvas.addEventListener("keydown", press);
+which.addEventListener("change", () => {{
+  const listed = document.getElementById("neighbours").hasChildNodes();
+  draw();
+  show(...current);
+  if (listed) list(current[0]);
+}});
 draw();
 </script>
 </body>
@@ -155,7 +202,6 @@ def make_page(coupling: Coupling, report: dict[str, Any]) -> str:
     subtitle = (
         f"{report['metadata']['pieces']} pieces{drawn}, {analysis['total_pairs']} pairs; {analysis['high_pairs']} high"
         f" ({analysis['thresholds']['high']}), {analysis['moderate_pairs']} moderate, {analysis['low_pairs']} low."
-        " Red is positive, blue negative, grey undefined."
     )
     return _PAGE.format(
         title=html.escape("Knowledge coupling" + (f" of {name}" if name else "")),
