@@ -220,7 +220,7 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
     parser.add_argument("--list", action="store_true", help="show the data sets and end")
     fields = {item.metadata.get("flag", item.name): item for item in dataclasses.fields(CoupleArguments)}
     for name, item in fields.items():
-        is_flag = item.type is bool
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if item.type is bool else {}
         default = "" if item.default in (dataclasses.MISSING, None) else f" Default: {item.default}."
         parser.add_argument(
             f"--{name}",
@@ -229,7 +229,7 @@ def parse(argv: Sequence[str]) -> CoupleArguments:
             dest=name,
             metavar=name.upper(),
             help=item.metadata["help"] + default,
-            **({"nargs": "?", "const": "true"} if is_flag else {}),
+            **switch,
         )
     found, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -449,9 +449,9 @@ class CouplingAnalyzer:
         for i, j in plan.blocks():
             rows, columns = (place[slice(*plan.pieces_of(group))] for group in (i, j))
             with store.opened([_block_name(i, j)]) as (part,):
-                for matrix, block in zip(kept, part["gram"].numpy(), strict=True):
-                    matrix[np.ix_(rows, columns)] = block
-                    matrix[np.ix_(columns, rows)] = block.T
+                for index, block in enumerate(part["gram"].numpy()):
+                    kept[index][np.ix_(rows, columns)] = block
+                    kept[index][np.ix_(columns, rows)] = block.T
         facts: dict[str, Any] = {"name": stream.name}
         if stream.tokens:
             facts["tokens_per_piece"] = stream.tokens

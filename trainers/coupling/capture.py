@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -72,6 +72,14 @@ class LayerTerms:
         return LayerTerms(self.left[kept], self.right[kept], place, [bias[chosen] for bias in self.biases])
 
 
+@dataclass
+class _Call:
+    """What a module read in one call, and the gradient at what it wrote, where that reaches an answer."""
+
+    inputs: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+
 class RowsLostError(RuntimeError):
     """A target layer works on rows that no longer tell which piece they belong to."""
 
@@ -103,21 +111,22 @@ class Capture:
         self.answer = answer
         self.padding_side = padding_side
         self.bias = bias
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        adapted = getattr(model, "get_base_model", None)
+        base = adapted() if adapted else model
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._last_mlp = _last_mlp(base)
         # Models that take `logits_to_keep` apply the head to hidden states, and work on single logits from there on.
         head = base.get_output_embeddings() if "logits_to_keep" in self._accepted else None
         is_target = any(module is head for layer in layers for module in layer.modules)
         self._head = None if is_target else head
-        self._records: dict[int, list[list[torch.Tensor | None]]] = {}
+        self._records: dict[int, list[_Call]] = {}
         self.reached: set[str] = set()
         self._in_backward = False
         self._widths: set[int] = set()
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return cast(torch.Tensor, self.model.get_input_embeddings().weight).device
 
     def log_probabilities(self, pieces: Sequence[EncodedPiece]) -> torch.Tensor:
         """Summed log-probability of each piece's answer tokens, in nats, shape `(pieces,)`; no gradient."""
@@ -247,7 +256,7 @@ class Capture:
         if start is None:
             raise UserError(f"{type(self.model).__name__}: its configuration has no decoder_start_token_id")
         decoder_tokens, decoder_mask = self._pad([[start, *answer[:-1]] for answer in answers], "right")
-        inputs = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": decoder_tokens}
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": decoder_tokens}
         if "decoder_attention_mask" in self._accepted:
             inputs["decoder_attention_mask"] = decoder_mask
         if "use_cache" in self._accepted:
@@ -286,11 +295,11 @@ class Capture:
             output = output.detach().requires_grad_()  # the first target: everything before it ran without a graph
         if output.is_leaf or output._is_view():
             changed = output + 0  # a leaf cannot be overwritten in place, and a view that is would lose its hook
-        record: list[torch.Tensor | None] = [entering.detach(), None]
-        self._records.setdefault(id(module), []).append(record)
+        call = _Call(entering.detach())
+        self._records.setdefault(id(module), []).append(call)
 
         def keep(gradient: torch.Tensor) -> None:
-            record[1] = gradient.detach()
+            call.gradient = gradient.detach()
 
         # A hook on the tensor, not on the module: it sees the gradient of this value even if the value is overwritten.
         output.register_hook(keep)
@@ -304,14 +313,13 @@ class Capture:
             for bias in (layer.biases if self.bias else [])
         }
         for module in layer.modules:
-            for entering, gradient in self._records.pop(id(module), []):
-                if gradient is None:
+            for call in self._records.pop(id(module), []):
+                if call.gradient is None:
                     continue  # its output does not reach the answer
                 self.reached.add(layer.name)
-                gradient = self.by_piece(layer.name, gradient, len(pieces))
-                inputs = (
-                    entering if isinstance(module, nn.Embedding) else self.by_piece(layer.name, entering, len(pieces))
-                )
+                gradient, inputs = self.by_piece(layer.name, call.gradient, len(pieces)), call.inputs
+                if not isinstance(module, nn.Embedding):
+                    inputs = self.by_piece(layer.name, inputs, len(pieces))
                 self._check_finite(layer, gradient, inputs, pieces)
                 bias = getattr(module, "bias", None)
                 if id(bias) in totals:

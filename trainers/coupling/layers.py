@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,13 +34,13 @@ class TargetLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.modules[0].weight
+        return cast(nn.Parameter, self.modules[0].weight)
 
     @property
     def biases(self) -> list[nn.Parameter]:
         """The distinct bias tensors of the modules."""
         found = [getattr(module, "bias", None) for module in self.modules]
-        return list({id(bias): bias for bias in found if isinstance(bias, torch.Tensor)}.values())
+        return list({id(bias): cast(nn.Parameter, bias) for bias in found if isinstance(bias, torch.Tensor)}.values())
 
 
 def find_layers(model: nn.Module, layers: str = "auto") -> list[TargetLayer]:
@@ -66,7 +67,8 @@ def find_layers(model: nn.Module, layers: str = "auto") -> list[TargetLayer]:
             raise UserError(f"--layers {layers}: the model has {len(auto)} MLP output projections")
         names = auto[-count:]
     elif layers == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if getter else None
         names = [name for name, module in linear.items() if module is not head]
     else:
         patterns = [pattern.strip() for pattern in layers.split(",") if pattern.strip()]
@@ -96,7 +98,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     # Quantised layers of other libraries.
     is_linear = all(hasattr(module, name) for name in ("in_features", "out_features", "weight"))
     if is_linear and not hasattr(module, "base_layer"):
-        return module.in_features, module.out_features
+        return cast(int, module.in_features), cast(int, module.out_features)
     return None
 
 
@@ -142,8 +144,9 @@ def _group_by_weight(model: nn.Module, selected: dict[str, nn.Module]) -> list[T
 def _stored_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, (nn.Embedding, Conv1D)):
         return module.weight.shape[0], module.weight.shape[1]
-    inputs, outputs = linear_shape(module)
-    return outputs, inputs
+    shape = linear_shape(module)
+    assert shape is not None  # targets are linear layers or embeddings
+    return shape[1], shape[0]
 
 
 def _clean(name: str) -> str:
