@@ -3,12 +3,14 @@
     python -m tests.benchmarks.bench_coupling --model gpt2 --pieces 20 [--layers last-4] [--answer first] [--repeats 3]
     python -m tests.benchmarks.bench_coupling --model llama --pieces 400 --stream top-8 --forms exact --repeats 1
     python -m tests.benchmarks.bench_coupling --model tiny --pieces 10000 --stream sketch --blocks 512 --forms exact
+    python -m tests.benchmarks.bench_coupling --model llama --pieces 8 --tools captum,kronfluence,trak --skip_memory
 
 Speed: the forms in one process, in turn, medians of CPU seconds over the repeats, and ratios of `plain` to the others.
 `exact` is what the analyzer does, by the stream that is named; `medium` is the same with torch free to choose how it
 multiplies float32 matrices (`--matmul_precision medium`), and `bfloat16` with the model in that format; `capture` is
 the first part of it alone, and `floor` one batched forward and backward of the frozen model, with the head at the
-answer positions. With `--blocks` the work goes by blocks on disk, bounded by so many MiB.
+answer positions. `--tools` adds other programs, as far as they can do the same work. With `--blocks` the work goes by
+blocks on disk, bounded by so many MiB.
 Memory: each form in a process of its own, peak above what the loaded model takes. Models are of the named sizes, with
 random weights; tokens are random; nothing is downloaded.
 """
@@ -30,6 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece
 from trainers.coupling.capture import evaluation_mode, frozen
 
+from .coupling_tools import TOOLS, tool_versions
+
 # GPT-2 small, and a Llama of 135 million parameters in the shape of SmolLM2-135M.
 SIZES = {
     "gpt2": {"model_type": "gpt2"},
@@ -43,6 +47,14 @@ SIZES = {
         "num_key_value_heads": 3,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
+    },
+    "tiny_llama": {
+        "model_type": "llama",
+        "vocab_size": 40001,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
     },
     "tiny": {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 40001},
 }
@@ -127,6 +139,7 @@ FORMS: dict[str, Callable] = {
     "floor": floor,
     "medium": medium,
     "bfloat16": bfloat16,
+    **TOOLS,
 }
 OPTIONS = argparse.Namespace(stream="exact", blocks=0)
 HALVES: dict[int, PreTrainedModel] = {}
@@ -156,6 +169,9 @@ def main() -> None:
     parser.add_argument("--stream", default="exact")
     parser.add_argument("--blocks", type=int, default=0, help="MiB of memory for work by blocks on disk")
     parser.add_argument("--forms", default="plain,exact,capture,floor", help="which, by commas")
+    parser.add_argument(
+        "--tools", default="", help="other programs to compare with, by commas: captum,kronfluence,trak"
+    )
     parser.add_argument("--skip_memory", action="store_true")
     parser.add_argument("--memory_of", choices=FORMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(namespace=OPTIONS)
@@ -163,7 +179,8 @@ def main() -> None:
     if arguments.memory_of:
         measure_memory(arguments)
         return
-    forms = arguments.forms.split(",")
+    tools = [name for name in arguments.tools.split(",") if name]
+    forms = [*arguments.forms.split(","), *tools]
     model, pieces = make_model(arguments.model), make_pieces(arguments.pieces)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     results = {}
@@ -195,6 +212,14 @@ def main() -> None:
                     "rms": pairs.square().mean().sqrt().item(),
                     "max": pairs.abs().max().item(),
                 }
+    if tools:
+        record["versions"] = tool_versions(tools)
+        if "exact" in forms:
+            record["over_exact"] = {name: medians[name] / medians["exact"] for name in tools}
+        if "plain" in forms:
+            record["largest_difference"] = {
+                name: (results["plain"] - results[name]).abs().max().item() for name in tools
+            }
     if not arguments.skip_memory:
         peaks = {}
         for name in forms:
