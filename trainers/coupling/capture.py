@@ -308,8 +308,11 @@ class Capture:
     def _layer_terms(self, layer: TargetLayer, pieces: Sequence[EncodedPiece]) -> LayerTerms:
         lefts, rights, owners = [], [], []
         weight = layer.weight
+        # The weights themselves may wait elsewhere: on the disk, or spread over devices.
+        reached = [call.gradient for module in layer.modules for call in self._records.get(id(module), [])]
+        device = next((gradient.device for gradient in reached if gradient is not None), self.device)
         totals = {
-            id(bias): torch.zeros(len(pieces), bias.numel(), dtype=_accumulation_dtype(bias), device=bias.device)
+            id(bias): torch.zeros(len(pieces), bias.numel(), dtype=_accumulation_dtype(bias), device=device)
             for bias in (layer.biases if self.bias else [])
         }
         for module in layer.modules:
@@ -330,10 +333,8 @@ class Capture:
                 owners.append(owner)
         if not owners:  # an expert, say, that no token of these pieces was sent to: the gradient is zero
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            left, right = weight.new_zeros(0, layer.rows, dtype=dtype), weight.new_zeros(0, layer.columns, dtype=dtype)
-            return LayerTerms(
-                left, right, torch.zeros(0, dtype=torch.long, device=weight.device), list(totals.values())
-            )
+            left, right = (torch.zeros(0, size, dtype=dtype, device=device) for size in (layer.rows, layer.columns))
+            return LayerTerms(left, right, torch.zeros(0, dtype=torch.long, device=device), list(totals.values()))
         if len({left.dim() for left in lefts}) > 1:
             lefts = [left if left.dim() == 2 else one_hot(left, layer.rows, rights[0].dtype) for left in lefts]
         left, right, owner = (

@@ -426,6 +426,8 @@ def _parameters(analyzer: CouplingAnalyzer) -> list[torch.nn.Parameter]:
         for parameter in (layer.weight, *(layer.biases if analyzer.capture.bias else [])):
             if not parameter.is_floating_point():
                 raise UserError(f"layer {layer.name!r}: weights of type {parameter.dtype} cannot be edited")
+            if parameter.is_meta:
+                raise UserError(f"layer {layer.name!r}: its weights are not in memory and cannot be edited")
             found[id(parameter)] = parameter
     return list(found.values())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece, KnowledgePiece
 from trainers.coupling.capture import ENDS_WITH_MLP, LayerTerms
 from trainers.coupling.gram import cheaper_way, layer_gram
+from trainers.coupling.ripple import measure_edits
 from trainers.errors import UserError
 
 from .tools import ARCHITECTURES, PIECES, naive_gram, naive_log_prob, tiny_model
@@ -241,6 +243,55 @@ def test_model_with_adapters():
     assert {name for name, p in model.named_parameters() if p.requires_grad} >= asking
     adapters = check_against_naive(model, layers="*.down_proj.lora_*", tolerance=3e-6)
     assert len(adapters.layers) == 4
+
+
+class Int8Linear(nn.Module):
+    """Weights of 8 bits with a scale for each row, as libraries for quantised inference have them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.bias = None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, self.weight.to(inputs.dtype) * self.scale)
+
+
+def test_weights_of_eight_bits():
+    """The gradient is that of the weights they stand for; they take part in it, and cannot be edited."""
+    model, same = tiny_model("qwen2"), tiny_model("qwen2")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "mlp" in name:
+            quantised = Int8Linear(module)
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, quantised)
+            same.get_submodule(name).weight.data = quantised.weight.double() * quantised.scale
+    analyzer = CouplingAnalyzer(model)
+    found, expected = analyzer.fit(PIECES), CouplingAnalyzer(same).fit(PIECES)
+    assert found.layers == expected.layers == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    np.testing.assert_allclose(found.gram_per_layer, expected.gram_per_layer, rtol=1e-6)
+    with pytest.raises(UserError, match=r"weights of type torch.int8 cannot be edited"):
+        measure_edits(analyzer, PIECES[:1], PIECES, [0.1])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_model_spread_by_a_device_map(model_type, tmp_path):
+    """Blocks that wait on the disk, and are in memory only while they compute."""
+    model = tiny_model(model_type)
+    expected = CouplingAnalyzer(model).fit(PIECES)
+    base, blocks = model.base_model_prefix, "h" if model_type == "gpt2" else "layers"
+    places = {f"{base}.{name}": "cpu" for name, _ in model.base_model.named_children() if name != blocks}
+    places |= {"lm_head": "cpu", f"{base}.{blocks}.0": "cpu", f"{base}.{blocks}.1": "disk"}
+    spread = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    analyzer = CouplingAnalyzer(spread)
+    assert analyzer.targets[1].weight.is_meta
+    found = analyzer.fit(PIECES)
+    np.testing.assert_allclose(found.gram_per_layer, expected.gram_per_layer, rtol=1e-9)
+    with pytest.raises(UserError, match=r"h\.1|layers\.1.*not in memory and cannot be edited"):
+        measure_edits(analyzer, PIECES[:1], PIECES, [0.1])
 
 
 def test_model_is_left_as_it_was():
