@@ -35,7 +35,7 @@ def comparison_card(
     Args:
         comparison: content of `comparison.json`.
         timings: content of `timings.json`.
-        pictures: names of picture files beside the report.
+        pictures: paths of picture files, from the folder of the report.
         command: the command that made it.
         title: of the page.
     """
@@ -55,7 +55,7 @@ def comparison_card(
         _method(comparison, timings),
         _training(comparison),
         _troubles(comparison),
-        "\n\n".join(f"![{text(CAPTIONS.get(name, name))}]({name})" for name in pictures),
+        "\n\n".join(f"![{text(CAPTIONS.get(Path(name).name, name))}]({name})" for name in pictures),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -360,10 +360,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="output folder of trainers.compare")
     parser.add_argument("--command", help="the command that made it, shown on the page")
     parser.add_argument("--title", help="heading of the page")
+    parser.add_argument(
+        "--pictures", nargs="+", default=[], metavar="FILE", help="pictures to show, as the page links them"
+    )
     options = parser.parse_args(argv)
     try:
         comparison, timings = read_folder(options.folder)
-        print(comparison_card(comparison, timings, command=options.command, title=options.title), end="")
+        page = comparison_card(comparison, timings, options.pictures, command=options.command, title=options.title)
+        print(page, end="")
     except CardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -513,7 +513,9 @@ def power(difference: float, components: Components, seeds: int, examples: int, 
     critical, shift = float(t.isf(alpha / 2, freedom)), abs(difference) / math.sqrt(variance)
     if shift > critical + 10:  # where the noncentral t distribution can no longer be computed
         return 1.0
-    return float(nct.sf(critical, freedom, shift) + nct.cdf(-critical, freedom, shift))
+    # The other tail is below the normal distribution's at -shift, and scipy gives NaN where it is far out.
+    other_tail = nct.cdf(-critical, freedom, shift) if shift < 6 else 0.0
+    return float(nct.sf(critical, freedom, shift) + other_tail)
 
 
 def seeds_needed(

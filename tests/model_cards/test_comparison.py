@@ -144,6 +144,10 @@ def test_command_reads_the_folder(tmp_path: Path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     assert main([str(tmp_path)]) == 0
     assert "Hardware: one core" in capsys.readouterr().out
+    assert main([str(tmp_path), "--pictures", "pictures/accuracy.png"]) == 0
+    assert "![Test score of every model with its interval; faint points are single seeds](pictures/accuracy.png)" in (
+        capsys.readouterr().out
+    )
     (tmp_path / "timings.json").write_text("[")
     assert main([str(tmp_path)]) == 2
     assert "timings.json: cannot be read" in capsys.readouterr().err

@@ -268,6 +268,16 @@ def test_seeds_needed_is_the_least_number():
     assert seeds_needed(0.01, parts, examples=20) is None, "no number of runs makes up for 20 examples"
 
 
+def test_power_where_the_other_tail_is_far_out():
+    # scipy 1.17 has no value for the noncentral t distribution's lower tail at some of these.
+    parts = Components(seeds=0.0, examples=0.008, residual=0.0168)
+    chances = [power(difference, parts, seeds=5, examples=500) for difference in np.linspace(0, 0.08, 81)]
+    assert np.isfinite(chances).all()
+    assert (np.diff(chances) >= -1e-12).all()
+    assert chances[-1] == pytest.approx(1)
+    assert seeds_needed(0.05, parts, examples=500) <= 3
+
+
 @pytest.mark.parametrize(
     ("call", "rule"),
     [
