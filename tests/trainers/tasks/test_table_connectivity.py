@@ -1,5 +1,6 @@
 """Table connectivity: stored cases, graph libraries as oracles, balanced labels, and the rules a model has to beat."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -21,11 +22,15 @@ from trainers.errors import UserError
 from trainers.tasks.in_context import IN_CONTEXT_TASKS, TableConnectivity
 from trainers.tasks.in_context.table_connectivity import (
     UNREACHABLE,
+    adjacency,
     at_most,
+    closure,
     components,
     distances,
     hand_over,
     majority,
+    members,
+    search,
     shortest_paths,
     within_hops,
 )
@@ -59,8 +64,9 @@ def test_stored_case(case):
     assert length == (UNREACHABLE if case["tables_on_path"] is None else case["tables_on_path"])
     if "writes_u_v_slotv_slotu" in case:
         writes = np.array(case["writes_u_v_slotv_slotu"], dtype=np.int64).reshape(-1, 4)
-        rows = np.zeros(len(writes), dtype=np.int64)
-        assert torch.equal(hand_over(torch.tensor([case["initial_columns"]]), rows, writes), columns)
+        initial = np.array(case["initial_columns"])[:, :, None]
+        final = hand_over(initial, [(np.zeros(len(writes), dtype=np.int64), *writes.T)])
+        np.testing.assert_array_equal(final[:, :, 0], case["columns"])
 
 
 def test_labels_of_drawn_graphs_would_be_wrong():
@@ -83,20 +89,19 @@ def test_labels_of_drawn_graphs_would_be_wrong():
 def test_handing_over_equals_writing_one_by_one(num_tables, num_columns, rho, seed):
     generator = np.random.default_rng(seed)
     batch_size = 3
-    initial = generator.permuted(np.tile(np.arange(num_tables * num_columns), (batch_size, 1)), axis=1)
-    initial = initial.reshape(batch_size, num_tables, num_columns)
-    expected, rows, writes = initial.copy(), [], []
+    initial = generator.permuted(np.tile(np.arange(num_tables * num_columns)[:, None], batch_size), axis=0)
+    initial = initial.reshape(num_tables, num_columns, batch_size)
+    expected, blocks = initial.copy(), []
     for row in range(batch_size):
+        writes = []
         for source in range(num_tables):
             for target in range(source + 1, num_tables):
                 if generator.random() < rho:
                     slot, source_slot = generator.integers(num_columns, size=2)
-                    rows.append(row)
-                    writes.append((source, target, slot, source_slot))
-                    expected[row, target, slot] = expected[row, source, source_slot]
-    writes = np.array(writes, dtype=np.int64).reshape(-1, 4)
-    actual = hand_over(torch.from_numpy(initial), np.array(rows, dtype=np.int64), writes)
-    np.testing.assert_array_equal(actual.numpy(), expected)
+                    writes.append((row, source, target, slot, source_slot))
+                    expected[target, slot, row] = expected[source, source_slot, row]
+        blocks.append(np.array(writes, dtype=np.int64).reshape(-1, 5).T)
+    np.testing.assert_array_equal(hand_over(initial, blocks), expected)
 
 
 @given(num_tables=st.integers(2, 9), num_columns=st.integers(1, 4), num_ids=st.integers(1, 30), seed=st.integers(0, 99))
@@ -131,6 +136,23 @@ def test_components_distances_and_paths_equal_those_of_networkx(num_tables, num_
         assert all(graph.has_edge(*pair) for pair in itertools.pairwise(nodes))
 
 
+@pytest.mark.parametrize("num_tables", [2, 8, 9, 33, 64])
+@pytest.mark.parametrize("num_ids", [3, 40, 300])
+def test_sets_of_tables_say_what_the_general_search_says(num_tables, num_ids):
+    """The sets fill their numbers to the last bit; with few ids all tables are connected, with many hardly any."""
+    columns = torch.randint(num_ids, (50, num_tables, 2), generator=torch.Generator().manual_seed(num_tables))
+    query = columns.flatten(1)[:, [0, -1]]
+    tables_last, query_last = (tensor.permute(*range(1, tensor.ndim), 0).numpy() for tensor in (columns, query))
+    connected = closure(adjacency(tables_last, num_ids))
+    labels = components(columns, num_ids)
+    for table, row in enumerate(members(connected.reshape(-1), num_tables).reshape(num_tables, num_tables, 50)):
+        np.testing.assert_array_equal(row.T, labels == labels[:, [table]])
+    length, reached = search(tables_last, query_last, num_ids)
+    to_tables, to_columns = distances(columns, query[:, 0], num_ids)
+    np.testing.assert_array_equal(length, to_columns.gather(1, query[:, 1:]).squeeze(1))
+    np.testing.assert_array_equal(reached.T, to_tables != UNREACHABLE)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -139,6 +161,8 @@ def test_components_distances_and_paths_equal_those_of_networkx(num_tables, num_
         {"num_tables": 6, "num_columns": 3, "rho": 0.3, "path_length": 3},
         {"num_tables": 4, "num_columns": 2, "rho": 0.5, "balanced": False},
         {"num_tables": 6, "num_columns": 2, "max_tables": 9},
+        {"num_tables": 70, "num_columns": 2, "rho": 0.02},
+        {"num_tables": 5, "num_columns": 2, "rho": 1.0, "balanced": False},
     ],
     ids=str,
 )
@@ -168,7 +192,7 @@ def test_questions_are_answered_right(options):
 def test_a_prompt_depends_on_seed_split_and_index_alone():
     task = tables(num_tables=5)
     whole = task.batch("train", range(40))
-    for indices in ([7], [39, 0, 13, 13], list(range(39, 4, -5))):
+    for indices in ([7], [39, 0, 13, 13], list(range(39, 4, -5)), []):
         part = task.batch("train", indices)
         for name, values in part.items():
             assert torch.equal(values, whole[name][indices]), name
@@ -181,6 +205,33 @@ def test_a_prompt_depends_on_seed_split_and_index_alone():
         assert not torch.equal(other["input_values"], whole["input_values"])
     with pytest.raises(ValueError, match="unknown split"):
         task.batch("dev", [0])
+
+
+# Of the 100 first test prompts and of 20 far ones, in every number but those of the names.
+STORED_PROMPTS = [
+    ({}, "d1e018a8f10bb66d"),
+    ({"num_tables": 20, "num_columns": 3, "rho": 0.1}, "257c75270d61ea6a"),
+    ({"num_tables": 20, "num_columns": 3, "rho": 0.5, "balanced": False}, "4f54dcd8a80f3fa7"),
+    ({"num_tables": 20, "num_columns": 3, "rho": 0.6}, "9b06aae60b2eedf6"),
+    ({"num_tables": 6, "num_columns": 3, "rho": 0.3, "path_length": 3}, "653061228b990c95"),
+    ({"num_columns": 3, "max_path_length": 2, "max_tables": 12}, "6d3c83639b2e53d5"),
+    ({"autoregressive": True}, "acbdc4f694a559cb"),
+    ({"num_tables": 70, "num_columns": 2, "rho": 0.02}, "0aa9086e56d05072"),
+]
+
+
+@pytest.mark.parametrize(("options", "digest"), STORED_PROMPTS, ids=str)
+def test_prompts_stay_what_they_are(options, digest):
+    """Runs are repeated from their recipes: the prompts of a seed are a promise."""
+    assert prompts_digest(tables(**options), list(range(100)) + list(range(10**9, 10**9 + 20))) == digest
+
+
+def prompts_digest(task, indices):
+    questions = task.questions("test", indices)
+    ids = task.token_ids(questions, task.streams("test", indices, "names of tables"))
+    batch = task.batch("test", indices)
+    parts = [*questions, ids, *(batch[name] for name in ("labels", "block_targets", "path_length"))]
+    return hashlib.sha256(b"".join(part.long().numpy().astype("<i8").tobytes() for part in parts)).hexdigest()[:16]
 
 
 def test_a_data_loader_gets_the_same_prompts():

@@ -8,6 +8,8 @@ import numpy as np
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+# Numbers that are mixed at once: few enough that what is computed on the way stays in the processor's cache.
+BLOCK = 2**14
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -43,7 +45,10 @@ class Streams:
         count = int(np.prod(shape))
         counters = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64) * GAMMA
         self._drawn += count
-        return mix(self._states[:, None] + counters).reshape(len(self), *shape)
+        values = (self._states[:, None] + counters).reshape(-1)
+        for start in range(0, len(values), BLOCK):
+            values[start : start + BLOCK] = mix(values[start : start + BLOCK])
+        return values.reshape(len(self), *shape)
 
     def uniform(self, *shape: int) -> np.ndarray:
         """Uniform numbers in [0, 1), as `float64` of shape `(n, *shape)`."""

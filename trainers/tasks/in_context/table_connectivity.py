@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 
 from ...errors import UserError
 from .base import InContextTask
-from .streams import Streams
+from .streams import BLOCK, Streams
 
 UNREACHABLE = -1
 IGNORED = -100
@@ -25,6 +25,8 @@ HOPELESS = 20_000
 MAX_ATTEMPTS = 2**20
 GRAPHS_AT_ONCE = 1024
 ONE_SIDED = 0.9
+# Tables whose set is one number.
+BITS = 64
 
 
 @strict
@@ -131,29 +133,30 @@ class Questions(NamedTuple):
     tables_connected: torch.Tensor
 
 
-def hand_over(initial_columns: torch.Tensor, rows: np.ndarray, writes: np.ndarray) -> torch.Tensor:
+def hand_over(initial_columns: np.ndarray, writes: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
     """Lets tables hand columns to later tables.
 
     Args:
-        initial_columns: `(B, V, C)`.
-        rows: `(W,)`, the batch row of every write, in order of the writes within each row.
-        writes: `(W, 4)`, each `u, v, s, t` with u < v: slot s of table v becomes what slot t of table u is then. The
-            writes of a row come in order of u, so that a table is final before it hands anything over, and a later
-            write replaces an earlier one.
+        initial_columns: `(V, C, B)`.
+        writes: blocks of five arrays of the same length: b, u, v, s and t with u < v: in the b-th set of tables, slot s
+            of table v becomes what slot t of table u is then. The writes of a set come in order of u, so that a table
+            is final before it hands anything over, and a later write replaces an earlier one.
 
     Returns:
-        `(B, V, C)`.
+        `(V, C, B)`.
     """
-    batch_size, num_tables, num_columns = initial_columns.shape
-    written = np.tile(np.arange(num_tables * num_columns), (batch_size, 1))
-    source, target, slot, source_slot = np.moveaxis(writes, -1, 0)
-    # Of several values for one place, numpy keeps the last.
-    written[rows, target * num_columns + slot] = source * num_columns + source_slot
-    pointers = torch.from_numpy(written)
-    # A slot points to a slot of an earlier table, which may point on.
-    for _ in range(math.ceil(math.log2(num_tables))):
-        pointers = pointers.gather(1, pointers)
-    return initial_columns.flatten(1).gather(1, pointers).view_as(initial_columns)
+    num_tables, num_columns, batch_size = initial_columns.shape
+    origins: np.ndarray = np.arange(initial_columns.size)
+    for row, source, target, slot, source_slot in writes:
+        # Of several values for one place, numpy keeps the last.
+        origins[(target * num_columns + slot) * batch_size + row] = (
+            source * num_columns + source_slot
+        ) * batch_size + row
+    origins = origins.reshape(initial_columns.shape)
+    columns = initial_columns.copy()
+    for table in range(1, num_tables):
+        columns[table] = columns.take(origins[table])
+    return columns
 
 
 def smallest(values: torch.Tensor) -> torch.Tensor:
@@ -238,15 +241,83 @@ def shortest_paths(columns: torch.Tensor, query: torch.Tensor, num_ids: int) -> 
     return paths
 
 
-def choose(allowed: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
-    """For each row one place where `allowed`, `(B, n)`, is positive, with probability in proportion to it.
+def adjacency(columns: np.ndarray, num_ids: int) -> np.ndarray:
+    """Which tables hold a column in common, as sets: bit w of entry v stands for the tables v and w.
+
+    Args:
+        columns: `(V, C, B)`, ids in [0, num_ids), with V at most 64.
+
+    Returns:
+        `(V, B)` of the smallest unsigned type with V bits.
+    """
+    num_tables, _, batch_size = columns.shape
+    places = columns * batch_size + np.arange(batch_size)
+    holders = np.zeros(num_ids * batch_size, dtype=np.min_scalar_type(2**num_tables - 1))
+    for table in range(num_tables):
+        holders[places[table]] |= holders.dtype.type(1 << table)
+    return np.bitwise_or.reduce(holders.take(places), axis=1)
+
+
+def members(sets: np.ndarray, num_tables: int) -> np.ndarray:
+    """Sets of tables, `(B,)`, entry by entry: `(V, B)` of the same type, 1 for members and 0 for others."""
+    return sets >> np.arange(num_tables, dtype=sets.dtype)[:, None] & sets.dtype.type(1)
+
+
+def closure(neighbours_of: np.ndarray) -> np.ndarray:
+    """The tables that each one is connected to, as sets, from those it holds a column in common with (Warshall 1962).
+
+    Args:
+        neighbours_of: `(V, B)`, as from [`adjacency`].
+
+    Returns:
+        The same, `(V, B)`.
+    """
+    reached = neighbours_of.copy()
+    one = reached.dtype.type(1)
+    for table in range(len(reached)):
+        reached |= (reached >> reached.dtype.type(table) & one) * reached[table]
+    return reached
+
+
+def search(columns: np.ndarray, query: np.ndarray, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
+    """Breadth first from the first column of each query: what [`distances`] says of the query, by sets of tables.
+
+    Args:
+        columns: `(V, C, B)`, ids in [0, num_ids), with V at most 64.
+        query: `(2, B)`.
+
+    Returns:
+        `(B,)`, tables on the shortest path between the two columns, -1 if there is none; and `(V, B)` of bool, whether
+        there is a path to each table.
+    """
+    num_tables = len(columns)
+    neighbours_of = adjacency(columns, num_ids)
+    number = np.arange(num_tables, dtype=neighbours_of.dtype)[:, None]
+    held = (columns == query[:, None, None]).any(axis=2).astype(neighbours_of.dtype) << number
+    reached, goal = np.bitwise_or.reduce(held, axis=1)
+    length = np.where(query[0] == query[1], 0, UNREACHABLE)
+    for tables_passed in range(1, num_tables + 1):
+        length[(length == UNREACHABLE) & (reached & goal > 0)] = tables_passed
+        further = reached | np.bitwise_or.reduce(members(reached, num_tables) * neighbours_of, axis=0)
+        if np.array_equal(further, reached):
+            break
+        reached = further
+    return length, members(reached, num_tables).astype(bool)
+
+
+def choose(allowed: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """In each set of the batch one place where `allowed`, `(n, B)`, is positive, with probability in proportion to it.
 
     Args:
         uniform: `(B,)`, in [0, 1).
     """
-    counts = allowed.long().cumsum(dim=1)
-    rank = (torch.from_numpy(uniform) * counts[:, -1]).floor().long()
-    return (counts <= rank[:, None]).sum(dim=1).clamp(max=allowed.shape[1] - 1)
+    rank = (uniform * allowed.sum(axis=0, dtype=np.int64)).astype(np.int64)
+    place, passed = np.zeros_like(rank), np.zeros_like(rank)
+    # One after the other is far faster than a cumulative sum.
+    for row in allowed[:-1]:
+        passed += row
+        place += passed <= rank
+    return place
 
 
 def neighbours(columns: torch.Tensor) -> torch.Tensor:
@@ -276,6 +347,7 @@ class TableConnectivity(InContextTask):
     def __init__(self, options=None, seed: int = 0):
         super().__init__(options, seed)
         self.names = self._make_names()
+        self._pairs = np.triu_indices(self.options.num_tables, k=1)
         self._variants: dict[tuple, TableConnectivity] = {}
 
     def variant(self, **changed: Any) -> "TableConnectivity":
@@ -306,21 +378,32 @@ class TableConnectivity(InContextTask):
         """Number of column ids."""
         return self.options.vocabulary_tables * self.options.num_columns
 
-    def graphs(self, streams: Streams) -> torch.Tensor:
-        """Random sets of tables, one for each stream: their final columns, `(B, V, C)`."""
+    def graphs(self, streams: Streams) -> np.ndarray:
+        """Random sets of tables, one for each stream: their final columns, `(V, C, B)`."""
         num_tables, num_columns = self.options.num_tables, self.options.num_columns
-        ids = torch.from_numpy(streams.subset(self.num_columns_named, num_tables * num_columns))
-        initial_columns = ids.view(len(streams), num_tables, num_columns)
-        source, target = np.triu_indices(num_tables, k=1)
-        bits = streams.bits(len(source))
-        rows, pairs = np.nonzero((bits >> np.uint64(32)) < np.uint64(round(self.options.rho * 2**32)))
-        drawn = bits[rows, pairs]
-        slots = [
-            ((drawn >> np.uint64(shift) & np.uint64(0xFFFF)) * np.uint64(num_columns) >> np.uint64(16)).astype(np.int64)
-            for shift in (0, 16)
-        ]
-        writes = np.stack((source[pairs], target[pairs], *slots), axis=-1)
-        return hand_over(initial_columns, rows, writes)
+        ids = streams.subset(self.num_columns_named, num_tables * num_columns)
+        initial_columns = np.ascontiguousarray(ids.T).reshape(num_tables, num_columns, len(streams))
+        return hand_over(initial_columns, self._writes(streams))
+
+    def _writes(self, streams: Streams) -> Iterator[Sequence[np.ndarray]]:
+        """Random writes, as [`hand_over`] takes them."""
+        source, target = self._pairs
+        num_columns, low = np.uint64(self.options.num_columns), np.uint64(0xFFFF)
+        bits = streams.bits(len(source)).reshape(-1)
+        # Bits 32 to 63 decide whether a pair is drawn, 16 to 31 the slot of the source, 0 to 15 that of the target.
+        limit = round(self.options.rho * 2**32) << 32
+        for start in range(0, len(bits), BLOCK):
+            block = bits[start : start + BLOCK]
+            drawn = np.flatnonzero(block < np.uint64(limit)) if limit < 2**64 else np.arange(len(block))
+            block = block[drawn]
+            drawn += start
+            row = drawn // len(source)
+            drawn -= row * len(source)
+            slot, source_slot = (
+                ((block >> shift & low) * num_columns >> np.uint64(16)).astype(np.int64)
+                for shift in (np.uint64(0), np.uint64(16))
+            )
+            yield row, source[drawn], target[drawn], slot, source_slot
 
     def questions(self, split: str, indices: Sequence[int]) -> Questions:
         """The graphs and questions with these indices.
@@ -331,10 +414,10 @@ class TableConnectivity(InContextTask):
         numbers = np.asarray(indices, dtype=np.int64)
         # Of indices 2k and 2k + 1 one asks for a connected pair and the other does not.
         coins = self.streams(split, numbers // 2, "labels").integers(2)
-        wanted = torch.from_numpy((coins ^ (numbers & 1)).astype(bool))
-        columns = torch.empty(len(numbers), self.options.num_tables, self.options.num_columns, dtype=torch.long)
-        slots = torch.empty(len(numbers), 2, dtype=torch.long)
-        left, attempt = torch.arange(len(numbers)), 0
+        wanted = (coins ^ (numbers & 1)).astype(bool)
+        shapes = (0,), (self.options.num_tables, self.options.num_columns, 0), (2, 0)
+        done = [tuple(np.empty(shape, dtype=np.int64) for shape in shapes)]
+        left, attempt = np.arange(len(numbers)), 0
         while len(left) > 0:
             drawn_in_vain = attempt * len(left) if len(left) == len(numbers) else 0
             if drawn_in_vain >= HOPELESS or attempt == MAX_ATTEMPTS:
@@ -344,67 +427,92 @@ class TableConnectivity(InContextTask):
                     + ("" if self.options.path_length is None else f" for path_length={self.options.path_length}")
                 )
             # The fewer prompts are left, the more attempts are made for each at once.
-            count = max(1, max(len(numbers), min(attempt, GRAPHS_AT_ONCE)) // len(left))
+            count = max(1, max(len(numbers) // 4, min(attempt, GRAPHS_AT_ONCE)) // len(left))
             count = min(count, MAX_ATTEMPTS - attempt)
-            rows = left.repeat_interleave(count)
+            rows = left.repeat(count)
             attempts = attempt + np.tile(np.arange(count), len(left))
-            streams = self.streams(split, numbers[rows.numpy()] * MAX_ATTEMPTS + attempts, "graphs")
+            streams = self.streams(split, numbers[rows] * MAX_ATTEMPTS + attempts, "graphs")
             drawn = self.graphs(streams)
             picked, kept = self._pick(drawn, wanted[rows], streams)
-            kept = kept.view(len(left), count)
-            chosen = torch.arange(len(left)) * count + kept.int().argmax(dim=1)
-            found = kept.any(dim=1)
-            columns[left[found]], slots[left[found]] = drawn[chosen[found]], picked[chosen[found]]
+            kept = kept.reshape(len(left), count)
+            chosen = np.arange(len(left)) * count + kept.argmax(axis=1)
+            found = kept.any(axis=1)
+            done.append((left[found], *(part.take(chosen[found], axis=-1) for part in (drawn, picked))))
             left, attempt = left[~found], attempt + count
-        query = columns.flatten(1).gather(1, slots)
-        to_tables, to_columns = distances(columns, query[:, 0], self.num_columns_named)
-        path_length = to_columns.gather(1, query[:, 1:]).squeeze(1)
+        places, columns, slots = (np.concatenate(parts, axis=-1) for parts in zip(*done, strict=True))
+        order = places.argsort()
+        return self._answered(columns.take(order, axis=-1), slots.take(order, axis=-1))
+
+    def _answered(self, columns: np.ndarray, slots: np.ndarray) -> Questions:
+        """The questions for the columns in these slots, `(2, B)`, of tables with these columns, `(V, C, B)`."""
+        query_tables = slots // self.options.num_columns
+        query = columns[query_tables, slots - query_tables * self.options.num_columns, np.arange(slots.shape[1])]
+        batch_first = torch.from_numpy(np.ascontiguousarray(columns.transpose(2, 0, 1)))
+        if len(columns) <= BITS:
+            length, reached = search(columns, query, self.num_columns_named)
+            path_length, tables_connected = torch.from_numpy(length), torch.from_numpy(np.ascontiguousarray(reached.T))
+        else:
+            first, second = torch.from_numpy(query)
+            to_tables, to_columns = distances(batch_first, first, self.num_columns_named)
+            path_length = to_columns.gather(1, second[:, None]).squeeze(1)
+            tables_connected = to_tables != UNREACHABLE
         return Questions(
-            columns=columns,
-            query=query,
-            query_tables=slots // self.options.num_columns,
+            columns=batch_first,
+            query=torch.from_numpy(np.ascontiguousarray(query.T)),
+            query_tables=torch.from_numpy(np.ascontiguousarray(query_tables.T)),
             connected=path_length != UNREACHABLE,
             path_length=path_length,
-            tables_connected=to_tables != UNREACHABLE,
+            tables_connected=tables_connected,
         )
 
-    def _pick(self, columns: torch.Tensor, wanted: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two slots to ask for, `(B, 2)`, and whether the graph is kept, `(B,)`. What is kept depends on no label."""
+    def _components(self, columns: np.ndarray) -> np.ndarray:
+        """Numbers, `(V, B)`, that are the same for tables in one component and differ otherwise."""
+        if len(columns) > BITS:
+            labels = components(torch.from_numpy(columns).permute(2, 0, 1), self.num_columns_named)
+            return np.ascontiguousarray(labels.T.numpy())
+        connected = closure(adjacency(columns, self.num_columns_named))
+        # The set of the component's first table.
+        return connected & -connected
+
+    def _pick(self, columns: np.ndarray, wanted: np.ndarray, streams: Streams) -> tuple[np.ndarray, np.ndarray]:
+        """Two slots to ask for, `(2, B)`, and whether the graph is kept, `(B,)`. What is kept depends on no label."""
         options = self.options
         num_tables, num_columns = options.num_tables, options.num_columns
         # For the first table, the second, and a slot of each.
-        uniform = streams.uniform(4)
+        uniform = streams.uniform(4).T
         if options.path_length is not None or options.max_path_length is not None:
-            first = torch.from_numpy((uniform[:, 0] * num_tables * num_columns).astype(np.int64))
-            flat = columns.flatten(1)
-            _, to_columns = distances(columns, flat.gather(1, first[:, None]).squeeze(1), self.num_columns_named)
-            lengths = to_columns.gather(1, flat)
+            first = (uniform[0] * num_tables * num_columns).astype(np.int64)
+            batch_first = torch.from_numpy(columns).permute(2, 0, 1)
+            flat = batch_first.flatten(1)
+            start = flat.gather(1, torch.from_numpy(first)[:, None]).squeeze(1)
+            _, to_columns = distances(batch_first, start, self.num_columns_named)
+            lengths = to_columns.gather(1, flat).T.numpy()
             apart = lengths == UNREACHABLE
             if options.path_length is not None:
                 near = lengths == options.path_length
             else:
                 near = ~apart & (lengths <= options.max_path_length)
-                near.scatter_(1, first[:, None], False)
-            second = choose(torch.where(wanted[:, None], near, apart), uniform[:, 1])
-            return torch.stack((first, second), dim=1), near.any(dim=1) & apart.any(dim=1)
+                near[first, np.arange(len(first))] = False
+            second = choose(np.where(wanted, near, apart), uniform[1])
+            return np.stack((first, second)), near.any(axis=0) & apart.any(axis=0)
 
-        rows = torch.arange(len(columns))
         if not options.balanced:
-            first = torch.from_numpy((uniform[:, 0] * num_tables).astype(np.int64))
-            second = torch.from_numpy((uniform[:, 1] * (num_tables - 1)).astype(np.int64))
-            second = second + (second >= first).long()
-            kept = torch.ones(len(columns), dtype=torch.bool)
+            first = (uniform[0] * num_tables).astype(np.int64)
+            second = (uniform[1] * (num_tables - 1)).astype(np.int64)
+            second += second >= first
+            kept = np.ones(len(first), dtype=bool)
         else:
-            labels = components(columns, self.num_columns_named)
-            sizes = torch.zeros_like(labels).scatter_add_(1, labels, torch.ones_like(labels)).gather(1, labels)
-            kept = (sizes > 1).any(dim=1) & (sizes[:, 0] < num_tables)
-            partners = torch.where(wanted[:, None], sizes - 1, num_tables - sizes)
-            first = choose(partners, uniform[:, 0])
-            allowed = (labels == labels.gather(1, first[:, None])) == wanted[:, None]
-            allowed[rows, first] = False
-            second = choose(allowed, uniform[:, 1])
-        within = torch.from_numpy((uniform[:, 2:] * num_columns).astype(np.int64))
-        return torch.stack((first, second), dim=1) * num_columns + within, kept
+            labels, rows = self._components(columns), np.arange(len(wanted))
+            sizes = np.zeros(labels.shape, dtype=np.min_scalar_type(num_tables))
+            for label in labels:
+                sizes += labels == label
+            kept = (sizes > 1).any(axis=0) & (sizes[0] < num_tables)
+            first = choose(np.where(wanted, sizes - 1, num_tables - sizes), uniform[0])
+            allowed = (labels == labels[first, rows]) == wanted
+            allowed[first, rows] = False
+            second = choose(allowed, uniform[1])
+        within = (uniform[2:] * num_columns).astype(np.int64)
+        return np.stack((first, second)) * num_columns + within, kept
 
     def token_ids(self, questions: Questions, streams: Streams) -> torch.Tensor:
         """Names in a prompt, `(B, N)`, as rows of `names`."""
@@ -431,7 +539,7 @@ class TableConnectivity(InContextTask):
         if self.options.autoregressive:
             ids, block_targets, path_length = self.on_the_way(questions, ids, self.streams(split, indices, "steps"))
         return {
-            "input_values": self.names[ids],
+            "input_values": self.names.index_select(0, ids.flatten()).view(*ids.shape, self.options.n_dims),
             "labels": questions.connected.long() * 2 - 1,
             "block_targets": block_targets.long() * 2 - 1,
             "path_length": path_length,
