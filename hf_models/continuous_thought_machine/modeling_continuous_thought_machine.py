@@ -37,6 +37,8 @@ MAX_DECAY = 15.0
 NARROWEST_SYNAPSE = 16
 # From so many samples on, neuron-level models are faster batch last (measured on a CPU).
 MANY_SAMPLES = 16
+# Samples that have stopped are left out of the batch when they are so many of it: moving the others costs time too.
+COMPACTED_SHARE = 1 / 8
 
 
 @dataclass
@@ -167,14 +169,15 @@ class SynchronisationPlan(NamedTuple):
 
 class Shared(NamedTuple):
     """
-    What all ticks of a forward pass share: both synchronisations' plans, the neuron-level models' weights, and whether
-    the ticks run as one function instead of module by module.
+    What all ticks of a forward pass share: both synchronisations' plans and the neuron-level models' weights; and if
+    the ticks run as one function instead of module by module, its settings and the tensors that stay the same.
     """
 
     action: SynchronisationPlan
     output: SynchronisationPlan
     neuron_weights: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    as_one_function: bool
+    settings: TickSettings | None = None
+    tensors: dict[str, torch.Tensor] | None = None
 
 
 class Thought(NamedTuple):
@@ -204,7 +207,7 @@ class Thought(NamedTuple):
         return Thought(**selected)
 
 
-def first_certain(entropies: torch.Tensor, threshold: float) -> tuple[torch.LongTensor, torch.BoolTensor]:
+def first_certain(entropies: torch.Tensor, threshold: float) -> torch.LongTensor:
     """
     When samples become certain.
 
@@ -213,11 +216,10 @@ def first_certain(entropies: torch.Tensor, threshold: float) -> tuple[torch.Long
         threshold (`float`): Certainty that suffices.
 
     Returns:
-        Ticks until then, or all ticks, and whether it happens, both of shape `(batch_size,)`.
+        `torch.LongTensor` of shape `(batch_size,)`: Ticks until then, or all ticks.
     """
     is_certain = 1 - entropies >= threshold
-    happens = is_certain.any(dim=0)
-    return torch.where(happens, is_certain.int().argmax(dim=0) + 1, len(entropies)), happens
+    return torch.where(is_certain.any(dim=0), is_certain.int().argmax(dim=0) + 1, len(entropies))
 
 
 class ContinuousThoughtMachineSynchronisation(nn.Module):
@@ -768,8 +770,8 @@ class ContinuousThoughtMachineReadout(nn.Module):
         """Entropy over the classes relative to that of the uniform distribution, mean over positions, in [0, 1]."""
         logits = predictions.unflatten(-1, (-1, self.num_classes))
         log_probabilities = logits.log_softmax(dim=-1, dtype=at_least_float32(logits.dtype))
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
-        return entropy.mean(dim=-1) / math.log(self.num_classes)
+        negative_entropies = (log_probabilities.exp() * log_probabilities).sum(dim=(-2, -1))
+        return negative_entropies / (-math.log(self.num_classes) * logits.shape[-2])
 
 
 # What [`run_ticks`] computes without calling it.
@@ -1005,8 +1007,9 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
         thought = Thought(
             state, trace, action.factor.new_zeros(batch_size, len(action.factor)), output_accumulated, key, value
         )
-        as_one_function = not records_ticks and self.can_think_at_once(key)
-        shared = Shared(action, output, self.tick.neuron_models.prepare(batch_size), as_one_function)
+        shared = Shared(action, output, self.tick.neuron_models.prepare(batch_size))
+        if not records_ticks and self.can_think_at_once(key):
+            shared = self.prepare_at_once(shared)
 
         stops = threshold is not None and not self.training
         # In training the number of passes must not depend on the data: all ranks make the same ones.
@@ -1016,16 +1019,18 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
         else:
             _, predictions, entropies, history = self.think(thought, shared, 0, num_ticks)
             ticks = torch.full((batch_size,), num_ticks, device=predictions.device)
+            synchronisation = history[-1]
             if stops:
-                ticks, _ = first_certain(entropies, threshold)
-            rows = torch.arange(batch_size, device=ticks.device)
-            synchronisation = history[ticks - 1, rows] if stops else history[-1]
+                # A sample that has stopped keeps its answer.
+                ticks = first_certain(entropies, threshold)
+                numbers = torch.arange(num_ticks, device=ticks.device).unsqueeze(1)
+                last, rows = torch.minimum(numbers, ticks - 1), torch.arange(batch_size, device=ticks.device)
+                predictions, entropies, synchronisation = (
+                    predictions[last, rows],
+                    entropies[last, rows],
+                    history[ticks - 1, rows],
+                )
             recorded_synchronisation = history.unbind(0) if output_synchronisation_out else None
-        if stops:
-            # A sample that has stopped keeps its answer.
-            numbers = torch.arange(num_ticks, device=ticks.device).unsqueeze(1)
-            last, rows = torch.minimum(numbers, ticks - 1), torch.arange(batch_size, device=ticks.device)
-            predictions, entropies = predictions[last, rows], entropies[last, rows]
         return ContinuousThoughtMachineModelOutput(
             predictions=predictions.permute(1, 2, 0),
             certainties=torch.stack((entropies, 1 - entropies)).permute(2, 0, 1),
@@ -1051,7 +1056,7 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
             normalised entropies of shape `(number, batch_size)` and output synchronisation of shape
             `(number, batch_size, synch_size_out)`.
         """
-        if shared.as_one_function:
+        if shared.settings is not None:
             return self.think_at_once(thought, shared, start, number)
         pairs, factor, scales = shared.action
         state, trace, accumulated = thought.state, thought.trace, thought.accumulated
@@ -1077,14 +1082,21 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
         self, thought: Thought, shared: Shared, start: int, number: int
     ) -> tuple[Thought, torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `think`, in less time and memory, with [`run_ticks`]."""
-        tick, training = self.tick, self.training
-        tensors = thought._asdict() | {
-            "action.factor": shared.action.factor,
+        tensors = {
+            **thought._asdict(),
+            **shared.tensors,
             "action.scales": shared.action.scales[start : start + number],
-            "output.factor": shared.output.factor,
             # The start state has the first entry.
             "output.scales": shared.output.scales[start + 1 : start + number + 1],
         }
+        synchronisation, carry = run_ticks(tensors, shared.settings)
+        predictions, entropies = self.readout.read(synchronisation)
+        return thought._replace(**carry._asdict()), predictions, entropies, synchronisation
+
+    def prepare_at_once(self, shared: Shared) -> Shared:
+        """With what `think_at_once` needs besides."""
+        tick = self.tick
+        tensors = {"action.factor": shared.action.factor, "output.factor": shared.output.factor}
         for name in ("query_projection", "attention.q_proj", "attention.out_proj", "synapse"):
             tensors |= tick.get_submodule(name).named_parameters(prefix=name)
         for index, (weight, bias) in enumerate(shared.neuron_weights):
@@ -1097,12 +1109,10 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
             scaling=tick.attention.scaling,
             action_pairs=shared.action.pairs,
             output_pairs=shared.output.pairs,
-            dropouts=dropouts if training else {},
-            recomputes=training and tick.gradient_checkpointing,
+            dropouts=dropouts if self.training else {},
+            recomputes=self.training and tick.gradient_checkpointing,
         )
-        synchronisation, carry = run_ticks(tensors, settings)
-        predictions, entropies = self.readout.read(synchronisation)
-        return thought._replace(**carry._asdict()), predictions, entropies, synchronisation
+        return shared._replace(settings=settings, tensors=tensors)
 
     def can_think_at_once(self, key: torch.Tensor) -> bool:
         """
@@ -1139,35 +1149,50 @@ class ContinuousThoughtMachineModel(ContinuousThoughtMachinePreTrainedModel):
 
         Returns:
             Predictions of shape `(num_ticks, batch_size, out_dims)` and normalised entropies of shape
-            `(num_ticks, batch_size)`, both without meaning after a sample's last tick; the output synchronisation after
-            that tick, of shape `(batch_size, synch_size_out)`; and ticks used, of shape `(batch_size,)`.
+            `(num_ticks, batch_size)`, both as they were at a sample's last tick from there on; the output
+            synchronisation after that tick, of shape `(batch_size, synch_size_out)`; and ticks used, of shape
+            `(batch_size,)`.
         """
-        batch_size = len(thought.state)
-        rows = torch.arange(batch_size, device=thought.state.device)
-        parts = []
-        for start in range(0, num_ticks, self.config.certainty_check_interval):
-            number = min(self.config.certainty_check_interval, num_ticks - start)
+        device, batch_size = thought.state.device, len(thought.state)
+        # What is known of the samples is kept on the CPU, where small steps cost least: one transfer for each look.
+        rows, waiting = np.arange(batch_size), np.ones(batch_size, dtype=bool)
+        ticks = np.full(batch_size, num_ticks)
+        interval, computed = self.config.certainty_check_interval, []
+        for start in range(0, num_ticks, interval):
+            number = min(interval, num_ticks - start)
             thought, predictions, entropies, synchronisation = self.think(thought, shared, start, number)
-            used, is_certain = first_certain(entropies, threshold)
-            last = synchronisation[used - 1, torch.arange(len(rows), device=rows.device)]
-            parts.append((start, rows, predictions, entropies, last, start + used))
-            kept = is_certain.logical_not().nonzero().squeeze(1)
+            computed.append((rows, predictions, entropies, synchronisation))
+            is_certain = (1 - entropies >= threshold).cpu().numpy()
+            stops = is_certain.any(axis=0) & waiting
+            if not stops.any():
+                continue
+            ticks[rows[stops]] = start + 1 + is_certain[:, stops].argmax(axis=0)
+            waiting &= ~stops
+            (kept,) = waiting.nonzero()
             if len(kept) == 0:
                 break
-            if len(kept) < len(rows):
-                rows, thought = rows[kept], thought.select(kept)
+            if len(kept) <= (1 - COMPACTED_SHARE) * len(rows) and start + number < num_ticks:
+                rows, waiting = rows[kept], waiting[kept]
+                thought = thought.select(torch.from_numpy(kept).to(device))
 
-        _, _, predictions, entropies, last, used = parts[0]
-        all_predictions = predictions.new_zeros(num_ticks, batch_size, predictions.shape[-1])
-        all_entropies = entropies.new_zeros(num_ticks, batch_size)
-        all_synchronisation, ticks = torch.zeros_like(last), torch.zeros_like(used)
-        for start, rows, predictions, entropies, last, used in parts:
-            covered = slice(start, start + len(predictions))
-            all_predictions[covered, rows] = predictions
-            all_entropies[covered, rows] = entropies
-            all_synchronisation[rows] = last
-            ticks[rows] = used
-        return all_predictions, all_entropies, all_synchronisation, ticks
+        # Where in all that was computed each tick of each sample lies.
+        places, size = np.zeros((num_ticks, batch_size), dtype=np.int64), 0
+        for number, (rows, _, entropies, _) in enumerate(computed):
+            added = np.arange(size, size + entropies.numel()).reshape(len(entropies), -1)
+            places[number * interval : number * interval + len(entropies), rows] = added
+            size += entropies.numel()
+        last = np.minimum(np.arange(num_ticks)[:, None], ticks - 1)
+        chosen = torch.from_numpy(np.take_along_axis(places, last, axis=0)).to(device)
+        _, *results = zip(*computed, strict=True)
+        predictions, entropies, synchronisation = (
+            torch.cat([part.flatten(0, 1) for part in parts]) for parts in results
+        )
+        return (
+            predictions.index_select(0, chosen.flatten()).unflatten(0, chosen.shape),
+            entropies.index_select(0, chosen.flatten()).unflatten(0, chosen.shape),
+            synchronisation.index_select(0, chosen[-1]),
+            torch.from_numpy(ticks).to(device),
+        )
 
     def checked_input(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
         """The backbone's input, or a `ValueError` that names what is given instead."""

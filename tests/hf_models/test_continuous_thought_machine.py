@@ -872,9 +872,14 @@ def test_samples_stop_when_certain(interval, hyper):
 
     ticks = outputs.ticks.tolist()
     assert len(set(ticks)) >= 4
-    # A sample is computed up to the first look after it has become certain.
-    needed = [min(9, math.ceil(used / interval) * interval) for used in ticks]
-    assert counted == [sum(number > tick for number in needed) for tick in range(max(needed))]
+    # Samples are computed up to the look at which enough of them are seen to be certain.
+    expected, size = [], 12
+    for tick in range(min(9, math.ceil(max(ticks) / interval) * interval)):
+        waiting = sum(used > tick // interval * interval for used in ticks)
+        if tick % interval == 0 and waiting <= 7 / 8 * size:
+            size = waiting
+        expected.append(size)
+    assert counted == expected
     for row, used in enumerate(ticks):
         certainties = everything.certainties[row, 1]
         assert (certainties[: used - 1] < threshold).all()
