@@ -353,7 +353,7 @@ class InContextRun(TrainingRun):
             rows.append(row("constant answer", trivial[metric]))
             rows += [row(f"model, path {level['difficulty']}", level[metric]) for level in test["by_difficulty"]]
             rows += [
-                row(f"model, {entry['num_tables']} tables, rho {entry['rho']:g}", entry[metric])
+                row(f"model, {entry['num_tables']} tables, rho {entry['rho']:.3g}", entry[metric])
                 for entry in test["by_tables"]
             ]
         if "paths" in test and test["paths"]["n"] > 0:
