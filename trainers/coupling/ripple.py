@@ -174,7 +174,7 @@ def validate(
                 "max": float(own[made].max()),
             },
             "made": int(made.sum()),
-            "steps": {"median": float(np.median(taken)), "max": int(taken.max())},
+            "steps": {"median": float(np.median(taken[made])), "max": int(taken.max())},
             "median_ripple": float(np.median(np.abs(np.concatenate(actual)))),
             "spearman": {
                 name: _median(np.array([spearman(values[k][other], actual[k]) for k, other in enumerate(others)]), seed)
@@ -182,7 +182,15 @@ def validate(
             },
             **_agreement(predicted.pop("first_order"), actual, seed),
             "predictions": {name: _agreement(values, actual, seed) for name, values in predicted.items()},
-            **_role_ranking(pieces, edited, {**scores, "measured": [row[:n] for row in changes]}, seed),
+            **_role_ranking(
+                pieces,
+                [edited[k] for k in np.flatnonzero(made)],
+                {
+                    name: [rows[k][:n] for k in np.flatnonzero(made)]
+                    for name, rows in {**scores, "measured": changes}.items()
+                },
+                seed,
+            ),
         }
         if edit == "replacement":
             old = coupling.log_probs[edited] + [changes[k, index] for k, index in enumerate(edited)]

@@ -136,7 +136,7 @@ def test_a_step_does_not_aim_beyond_certainty():
 
 
 def test_replacement_until_the_new_answer_wins():
-    pieces = list(TEXTS)
+    pieces = [replace(piece, role="portability" if i % 2 else "locality", pot="one") for i, piece in enumerate(TEXTS)]
     for index in (0, 4, 7):
         pieces[index] = replace(pieces[index], new_answer=f"w{(index + 1) % 4}", role="edit")
     analyzer = text_analyzer()
@@ -146,6 +146,8 @@ def test_replacement_until_the_new_answer_wins():
     assert small["replaced"] < full["replaced"] == 1
     assert full["steps"]["max"] > 1
     assert full["made"] == full["sign_agreement"]["edits"] == 1  # the other two new answers lead already
+    assert small["portability_above_locality"]["measured"]["edits"] == 3
+    assert full["portability_above_locality"]["measured"]["edits"] == 1
     assert full["predicted_own_gain"] == full["own_gain"]["median"]
     assert full["predictions"]["path"]["linearity_error"]["median"] < full["linearity_error"]["median"]
     json.dumps(result, allow_nan=False)
