@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.type_validators import interval, positive_int_field, probability
@@ -139,7 +140,17 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             First token of every decoder input.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether source embedding, target embedding and output projection are one matrix, which needs one shared
-            vocabulary. If `False`, each has its own, as in the original implementation.
+            vocabulary; with a reader, target embedding and output projection. If `False`, each has its own, as in the
+            original implementation.
+        reader_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration, with its `model_type`, of a model of the library that reads the source in the place of the
+            source's token and position embeddings: what `AutoModel` makes of it, an encoder or a decoder without
+            cross-attention. Compression reads its last hidden states, mapped to `hidden_size` where the widths differ.
+            Its weights are part of the model. Token ids then go to the reader, so that its vocabulary must hold the
+            model's, and the target has an embedding of its own. `None`: no reader.
+        freeze_reader (`bool`, *optional*, defaults to `True`):
+            Whether the reader stays as it is: its weights take no gradient, and it never drops out. The map from its
+            width is trained.
         is_encoder_decoder (`bool`, *optional*, defaults to `True`):
             `False` describes the encoder alone, without any decoder parameter: the classification, choice and masked
             language modelling heads save their configuration so.
@@ -180,6 +191,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         "orthogonality_loss",
         "step_cost_loss",
     ]
+    sub_configs = {"reader_config": AutoConfig}
     base_model_fsdp_plan = {"decoder.layers.*": "free_full_weight"}
 
     vocab_size: int = positive_int_field(default=32000)
@@ -219,6 +231,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     decoder_start_token_id: int | None = 1
     tie_word_embeddings: bool = True
+    reader_config: dict | PreTrainedConfig | None = None
+    freeze_reader: bool = True
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
@@ -229,6 +243,10 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             logger.warning_once(f"{type(self).__name__} has no field `{name}`, the model will not use it{hint}")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if isinstance(self.reader_config, dict):
+            if "model_type" not in self.reader_config:
+                raise ValueError("reader_config has no model_type, which says what the reader is")
+            self.reader_config = AutoConfig.for_model(**self.reader_config)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -241,7 +259,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
         target_size = self.decoder_vocab_size or self.vocab_size
-        if self.tie_word_embeddings and self.is_encoder_decoder and target_size != self.vocab_size:
+        reader = self.reader_config
+        if self.tie_word_embeddings and self.is_encoder_decoder and target_size != self.vocab_size and reader is None:
             raise ValueError(
                 f"tie_word_embeddings=True needs one vocabulary, but vocab_size={self.vocab_size} and "
                 f"decoder_vocab_size={self.decoder_vocab_size} differ"
@@ -250,6 +269,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             raise ValueError(f"initial_update_ratio={self.initial_update_ratio} must be greater than 0")
         if self.step_cost_target is not None and self.step_cost_target < 1:
             raise ValueError(f"step_cost_target={self.step_cost_target} must be at least 1, every sample takes a step")
+        if reader is not None:
+            self._validate_reader(reader)
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named_tokens = [
             ("pad_token_id", self.pad_token_id),
@@ -264,6 +285,27 @@ class ConnectionTransformerConfig(PreTrainedConfig):
                     f"{name}={token_id} must lie in [0, {smallest}), inside every vocabulary "
                     f"(vocab_size={self.vocab_size}, decoder_vocab_size={self.decoder_vocab_size})"
                 )
+
+    def _validate_reader(self, reader: PreTrainedConfig):
+        if reader.is_encoder_decoder:
+            raise ValueError(
+                f"reader_config: a {reader.model_type} has a decoder that wants inputs of its own; a reader is an "
+                "encoder, or a decoder without cross-attention"
+            )
+        for name in ("vocab_size", "hidden_size"):
+            if not isinstance(getattr(reader, name, None), int):
+                raise ValueError(f"reader_config: a {reader.model_type} has no {name}; a reader reads tokens")
+        if reader.vocab_size < self.vocab_size:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must not exceed reader_config.vocab_size={reader.vocab_size}, since the "
+                "reader reads the same tokens"
+            )
+        positions = getattr(reader, "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < self.max_position_embeddings:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings} must not exceed "
+                f"reader_config.max_position_embeddings={positions}"
+            )
 
     @property
     def expected_update_ratio(self) -> float:
@@ -284,7 +326,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     def num_trainable_parameters(self, head: str | None = None) -> int:
         """
         Number of trainable parameters of a model with this configuration, without building it; tied matrices count
-        once. The slots are fixed and count nothing.
+        once. The slots are fixed and count nothing, as does a frozen reader.
 
         Args:
             head (`str`, *optional*):
@@ -292,8 +334,12 @@ class ConnectionTransformerConfig(PreTrainedConfig):
                 `"ConditionalGeneration"`, or with `is_encoder_decoder=False` the encoder alone.
 
         Raises:
-            ValueError: there is no such head.
+            ValueError: there is no such head, or there is a reader that is trained, whose parameters only the real
+                module can tell.
         """
+        reader = self.reader_config
+        if reader is not None and not self.freeze_reader:
+            raise ValueError("freeze_reader=False: the parameters of the reader are counted on the real module")
         width, slots, rank = self.hidden_size, self.num_slots, self.connection_rank
         connections = {
             "scalar": 2 * slots**2 * rank,
@@ -302,8 +348,11 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             "diagonal": 2 * slots * width * rank + slots**2 * rank,
         }[self.connection_type]
         norms = 1 if self.share_step_norm else self.max_reasoning_steps
-        embeddings = (self.vocab_size + self.max_position_embeddings) * width
-        count = embeddings + 3 * width**2 + connections + 2 * width * norms
+        if reader is None:
+            source = (self.vocab_size + self.max_position_embeddings) * width
+        else:
+            source = 0 if reader.hidden_size == width else reader.hidden_size * width
+        count = source + 3 * width**2 + connections + 2 * width * norms
         if head is None and not self.is_encoder_decoder:
             return count
         if head in (None, "ConditionalGeneration"):
@@ -311,10 +360,11 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             inner = self.intermediate_size
             layer = 8 * width**2 + 2 * width * inner + 15 * width + inner
             count += self.max_position_embeddings * width + self.num_decoder_layers * layer + 2 * width
-            own_matrices = 0 if self.tie_word_embeddings else 2
+            own_matrices = (0 if self.tie_word_embeddings else 2) if reader is None else 2 - self.tie_word_embeddings
             return count + own_matrices * (self.decoder_vocab_size or self.vocab_size) * width
         if head == "MaskedLM":
-            return count + 3 * width**2 + (0 if self.tie_word_embeddings else self.vocab_size * width)
+            own_matrix = reader is not None or not self.tie_word_embeddings
+            return count + 3 * width**2 + (self.vocab_size * width if own_matrix else 0)
         if head == "SequenceClassification":
             return count + (width + 1) * len(self.id2label or ())
         if head == "MultipleChoice":

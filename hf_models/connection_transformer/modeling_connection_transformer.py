@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -238,6 +239,74 @@ class ConnectionTransformerProjection(nn.Linear):
     Linear map of the compression and the expansion, which starts as an orthogonal matrix: a class of its own so that it
     is known.
     """
+
+
+class ConnectionTransformerReader(nn.Module):
+    """
+    A model of the library that reads the source; see `reader_config` in [`ConnectionTransformerConfig`]. Each row is
+    read with its tokens first and its padding behind them, where every model knows how to leave padding out, so that a
+    token's state does not depend on it.
+    """
+
+    def __init__(self, config: ConnectionTransformerConfig):
+        super().__init__()
+        self.frozen = config.freeze_reader
+        self.model = AutoModel.from_config(config.reader_config, dtype=torch.get_default_dtype())
+        self.model.config.use_cache = False  # a source is read once
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # a state of the whole row, which nothing here reads
+        width = config.reader_config.hidden_size
+        self.projection = (
+            nn.Identity()
+            if width == config.hidden_size
+            else ConnectionTransformerProjection(width, config.hidden_size, bias=False)
+        )
+        self.freeze()
+
+    def freeze(self):
+        """Take the reader out of training if the configuration says so."""
+        if self.frozen:
+            self.model.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Source tokens. Either these or `inputs_embeds`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, reader_width)`, *optional*):
+                Source tokens in the reader's embedding.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens, 0 for padding.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
+        """
+        inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        back = None
+        if attention_mask is not None:
+            is_token = (attention_mask != 0).long()
+            order = is_token.argsort(dim=1, descending=True, stable=True)
+            back = order.argsort(dim=1)
+            rows = torch.arange(order.shape[0], device=order.device).unsqueeze(1)
+            inputs = {name: value[rows, order] for name, value in inputs.items()}
+            inputs["attention_mask"] = is_token[rows, order]
+        # Nothing can learn from a frozen reader but adapters inside it, and whoever asks about its inputs. Under
+        # activation checkpointing the library would record its passes all the same.
+        learns = inputs_embeds is not None or any(parameter.requires_grad for parameter in self.model.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            states = self.model(**inputs, return_dict=True).last_hidden_state
+        return self.projection(states if back is None else states[rows, back])
 
 
 class ConnectionTransformerCompression(GradientCheckpointingLayer):
@@ -616,6 +685,15 @@ class ConnectionTransformerPreTrainedModel(PreTrainedModel):
             }
         super().save_pretrained(save_directory, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # The library makes new parameters of the weights it reads, all of them trainable.
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, ConnectionTransformerReader):
+                module.freeze()
+        return loaded
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
@@ -633,6 +711,8 @@ class ConnectionTransformerPreTrainedModel(PreTrainedModel):
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.config.decoder_vocab_size is not None:
             self.config.decoder_vocab_size = self.config.vocab_size
+        if self.config.reader_config is not None:
+            self.config.reader_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
@@ -662,14 +742,26 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
 
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        if config.reader_config is not None:
+            self.reader = ConnectionTransformerReader(config)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.dropout = nn.Dropout(config.dropout)
         self.compression = ConnectionTransformerCompression(config)
         self.reasoning = ConnectionTransformerReasoning(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens if self.config.reader_config is None else self.reader.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        if self.config.reader_config is None:
+            self.embed_tokens = value
+        else:
+            self.reader.model.set_input_embeddings(value)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -689,7 +781,7 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for tokens, 0 for padding. `None`: no padding.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Embedded source tokens, without positions.
+                Embedded source tokens, without positions; with a reader, in its embedding and of its width.
             max_reasoning_steps (`int`, *optional*):
                 Bound on the steps of this call, instead of the configuration's.
             return_token_states (`bool`, *optional*, defaults to `False`):
@@ -703,9 +795,8 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         max_steps = self.checked_bound(max_reasoning_steps)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        source_length = inputs_embeds.shape[1]
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        source_length = source.shape[1]
         if source_length > self.config.max_position_embeddings:
             raise ValueError(
                 f"the source has {source_length} columns, max_position_embeddings is "
@@ -713,9 +804,11 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
             )
         if source_length == 0:
             raise ValueError("the source is empty; every sequence needs at least one token")
-        if attention_mask is None:
-            positions = torch.arange(source_length, device=inputs_embeds.device)
-        elif attention_mask.ndim == 2:
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask must be of shape (batch_size, sequence_length), got {tuple(attention_mask.shape)}"
+            )
+        if attention_mask is not None:
             has_token = (attention_mask != 0).any(dim=1)
             torch_compilable_check(
                 has_token,
@@ -724,12 +817,17 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
                     "sequence needs at least one token"
                 ),
             )
-            positions = token_positions(attention_mask)
+        if self.config.reader_config is not None:
+            token_states = self.reader(input_ids, inputs_embeds, attention_mask)
         else:
-            raise ValueError(
-                f"attention_mask must be of shape (batch_size, sequence_length), got {tuple(attention_mask.shape)}"
-            )
-        token_states = self.dropout((inputs_embeds + self.embed_positions(positions)) * self.embed_scale)
+            if inputs_embeds is None:
+                inputs_embeds = self.embed_tokens(input_ids)
+            if attention_mask is None:
+                positions = torch.arange(source_length, device=source.device)
+            else:
+                positions = token_positions(attention_mask)
+            token_states = (inputs_embeds + self.embed_positions(positions)) * self.embed_scale
+        token_states = self.dropout(token_states)
         slot_states, _ = self.compression(token_states, attention_mask)
 
         recording = any(
@@ -891,20 +989,22 @@ class ConnectionTransformerModel(ConnectionTransformerPreTrainedModel):
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__(config)
         self.encoder = ConnectionTransformerEncoder(config)
+        if config.reader_config is not None or not config.is_encoder_decoder:
+            self._tied_weights_keys = None
         if config.is_encoder_decoder:
             self.decoder = ConnectionTransformerDecoder(config)
         else:
-            self._tied_weights_keys = None
             # The encoder alone can be loaded from the folder of a whole model.
             self._keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^lm_head\.", r"^expansion\."]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.encoder.embed_tokens
+        return self.encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Embedding):
-        self.encoder.embed_tokens = value
-        if self.config.is_encoder_decoder and self.config.tie_word_embeddings:
+        self.encoder.set_input_embeddings(value)
+        tied = self.config.tie_word_embeddings and self.config.reader_config is None
+        if self.config.is_encoder_decoder and tied:
             self.decoder.embed_tokens.weight = value.weight
             self.decoder.embed_tokens.num_embeddings = value.num_embeddings
 
@@ -1105,6 +1205,8 @@ class ConnectionTransformerForConditionalGeneration(ConnectionTransformerPreTrai
         super().__init__(config)
         self.model = ConnectionTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.decoder_vocab_size or config.vocab_size, bias=False)
+        if config.reader_config is not None:
+            self._tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
@@ -1470,6 +1572,8 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         self.expansion = ConnectionTransformerExpansion(config)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.reader_config is not None:
+            self._tied_weights_keys = None  # the reader's embedding may have another width, and may be frozen
         self.post_init()
 
     @can_return_tuple

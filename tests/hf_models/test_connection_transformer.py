@@ -162,6 +162,128 @@ class TestConnectionTransformerDiagonal(TestConnectionTransformerPerPair):
     connection_type = "diagonal"
 
 
+class TestConnectionTransformerReader(TestConnectionTransformer):
+    """The same checks with a decoder of the library, which is trained too, as the reader of the source."""
+
+    not_applicable = {
+        "test_save_and_load_restore_every_value[ConnectionTransformerForMaskedLM-tied]": "with a reader the head that "
+        "predicts at the source's positions always has a matrix of its own"
+    }
+    bad_configs = [
+        ({"reader_config": {"hidden_size": 8}}, "reader_config has no model_type"),
+        ({"reader_config": {"model_type": "lama"}}, "lama"),
+        ({"reader_config": {"model_type": "t5"}}, "a t5 has a decoder"),
+        ({"reader_config": {"model_type": "vit"}}, "a vit has no vocab_size"),
+        ({"reader_config": {"model_type": "llama", "vocab_size": 39}}, "vocab_size=40.*reader_config.vocab_size=39"),
+        (
+            {"reader_config": {"model_type": "gpt2", "n_positions": 19}},
+            "max_position_embeddings=20.*reader_config.max_position_embeddings=19",
+        ),
+    ]
+
+    def tiny_config(self, **overrides):
+        reader = {
+            "model_type": "llama",
+            "vocab_size": 40,
+            "hidden_size": 12,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+        return super().tiny_config(**{"reader_config": reader, "freeze_reader": False} | overrides)
+
+
+READERS = {
+    "llama": {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "gpt2": {"n_embd": 12, "n_head": 2, "n_positions": 32},
+    "bert": {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "max_position_embeddings": 32},
+    "roberta": {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2, "max_position_embeddings": 32},
+    "distilbert": {"dim": 12, "hidden_dim": 20, "n_heads": 2, "n_layers": 2, "max_position_embeddings": 32},
+}
+
+
+def reader_config(model_type="llama", **overrides):
+    """A tiny reader with two layers, which drops out in training."""
+    layers = {} if model_type == "distilbert" else {"num_hidden_layers": 2}
+    dropout = {"gpt2": "resid_pdrop", "llama": "attention_dropout", "distilbert": "dropout"}.get(
+        model_type, "hidden_dropout_prob"
+    )
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {"vocab_size": 40} | layers | READERS[model_type] | {dropout: 0.5}
+    return {"model_type": model_type} | sizes | special | overrides
+
+
+@pytest.mark.parametrize("model_type", READERS)
+def test_reader_reads_every_row_as_it_would_alone(model_type):
+    model = small_model(ConnectionTransformerModel, reader_config=reader_config(model_type))
+    reader, projection = model.encoder.reader.model, model.encoder.reader.projection
+    input_ids = torch.randint(3, 40, (4, 8), generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(8)
+    # Padding on the right, on the left, on both sides with a gap, and none.
+    mask = torch.stack([columns < 5, columns >= 3, (columns % 3 == 1) & (columns > 0), columns >= 0]).long()
+    input_ids = torch.where(mask == 1, input_ids, model.config.pad_token_id)
+    with torch.no_grad():
+        together = model.encoder(input_ids=input_ids, attention_mask=mask, return_token_states=True)
+        embedded = model.encoder(
+            inputs_embeds=model.get_input_embeddings()(input_ids), attention_mask=mask, return_token_states=True
+        )
+        for row in range(4):
+            tokens = input_ids[row][mask[row] == 1].unsqueeze(0)
+            expected = projection(reader(tokens).last_hidden_state)[0]
+            for outputs in (together, embedded):
+                torch.testing.assert_close(outputs.token_states[row][mask[row] == 1], expected, rtol=1e-5, atol=1e-5)
+            alone = model.encoder(input_ids=tokens)
+            torch.testing.assert_close(
+                together.last_hidden_state[row], alone.last_hidden_state[0], rtol=1e-5, atol=1e-5
+            )
+
+
+def test_frozen_reader_stays_as_it_is(tmp_path):
+    options = {"reader_config": reader_config(), "dropout": 0.0, "halting": "none"}
+    small_model(**options).save_pretrained(tmp_path)
+    model = ConnectionTransformerForConditionalGeneration.from_pretrained(tmp_path)
+    reader = model.get_encoder().reader
+    frozen = {f"model.encoder.reader.model.{name}" for name, _ in reader.model.named_parameters()}
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        assert not any(module.training for module in reader.model.modules())
+        model.zero_grad()
+        batch = random_batch()
+        first, second = model(**batch), model(**batch)
+        assert torch.equal(first.logits, second.logits), "the reader drops nothing out"
+        first.loss.backward()
+        without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        assert without == frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert reader.projection.weight.grad.abs().sum() > 0
+    assert model.eval().train().training
+
+
+def test_adapters_inside_a_frozen_reader_learn():
+    from peft import LoraConfig, get_peft_model
+
+    model = small_model(reader_config=reader_config())
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*reader\.model.*q_proj"))
+    model(**random_batch()).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 2
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}, {"hidden_size": 12}], ids=str)
+def test_number_of_trainable_parameters_with_a_frozen_reader(options):
+    config = small_config(**{"hidden_size": 16, "reader_config": reader_config(hidden_size=12)} | options)
+    for model_class in list(TestConnectionTransformer.classes)[1:]:
+        head = model_class.__name__.removeprefix("ConnectionTransformerFor")
+        model = model_class(config)
+        assert model.num_parameters(only_trainable=True) == config.num_trainable_parameters(head), head
+        assert isinstance(model.model.encoder.reader.projection, torch.nn.Identity) is (config.hidden_size == 12)
+    with pytest.raises(ValueError, match="freeze_reader=False"):
+        small_config(reader_config=reader_config(), freeze_reader=False).num_trainable_parameters()
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["form1", "form2"])
 def golden(request):
     path = GOLDEN / f"form{request.param}_tiny"
