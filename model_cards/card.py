@@ -32,6 +32,12 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md.jinja")
 
 MOST_LOSS_ROWS = 12
 MOST_LISTED_REPORTS = 30
+# What of a recipe's model is not new, and the words for it.
+STARTING_POINTS = {
+    "pretrained": "starting from {}",
+    "embeddings_from": "from random weights and the embeddings of {}",
+    "reader": "from random weights, its input read by {}",
+}
 
 
 def render_card(
@@ -119,7 +125,8 @@ def _metadata(run: RunFolder, architecture: Architecture, repo_id: str | None, l
     dataset = hub_id if hub_id and _is_repo_id(hub_id) else None
     model = run.recipe.section("model")
     # A revision stands beside Hub ids only; without one the name may be a folder.
-    base_model = model.maybe_text("pretrained") if model.maybe_text("pretrained_revision") else None
+    bases = (model.maybe_text(name) for name in ("pretrained", "reader") if model.maybe_text(f"{name}_revision"))
+    base_model = next(bases, None)
     result = EvalResult(
         task_type=hub_task,
         task_name=task_name,
@@ -202,10 +209,15 @@ def _level(score: Score) -> str:
 def _introduction(run: RunFolder, architecture: Architecture) -> str:
     total = run.metrics.section("parameters").count("total")
     task = run.metrics.section("task").text("name")
-    pretrained = run.recipe.section("model").maybe_text("pretrained")
-    if pretrained and (os.path.isabs(pretrained) or pretrained.startswith("./")):
-        pretrained = Path(pretrained).name  # the rest of the path tells only about one machine
-    start = f"starting from {code(pretrained)}" if pretrained else "from random weights"
+    start = "from random weights"
+    for field, words in STARTING_POINTS.items():
+        source = run.recipe.section("model").maybe_text(field)
+        if source:
+            if os.path.isabs(source) or source.startswith("./"):
+                source = Path(source).name  # the rest of the path tells only about one machine
+            start = words.format(code(source))
+    if run.config.content.get("reader_config"):
+        start += " that stayed as it was" if run.config.content.get("freeze_reader") else " that was trained with it"
     version = run.metrics.section("versions").maybe_text("adaptive_reasoners")
     tool = "`adaptive-reasoners`" + (f" {text(version)}" if version else "")
     return (
@@ -467,7 +479,7 @@ def _limits(run: RunFolder, architecture: Architecture, score: Score, verdict: s
         points.append(
             "Nothing here shows that its answers are better than those of the trivial predictor. Do not rely on them."
         )
-    if not run.recipe.section("model").maybe_text("pretrained"):
+    if not any(run.recipe.section("model").maybe_text(field) for field in STARTING_POINTS):
         points.append(
             f"It has seen nothing but the {train.count('examples'):,} training examples of this one task. On any other "
             "input its output means nothing."

@@ -6,7 +6,7 @@ name stands in two sections, `--training.max_steps 5`. Values on the command lin
 
 | section | fields |
 |---|---|
-| `model` | `model_type`, optionally `pretrained`, and any field of that architecture's configuration |
+| `model` | `model_type`, `pretrained`, `embeddings_from` or `reader`, and any field of that configuration |
 | `task` | name, data source, sizes, the task's own `options` |
 | `tokenizer` | where the tokenizer comes from, for models that read text |
 | `training` | everything of `transformers.TrainingArguments`, and our own fields |
@@ -218,6 +218,8 @@ class Recipe:
         kind: what sort of run it describes.
         model_values: the model's configuration as written, without what tokenizer or task decide.
         embeddings_from: folder or Hub id of a model whose token embeddings the model starts with, or `None`.
+        reader: folder, `.gguf` file or Hub id of a model that reads the source, with its tokenizer, or `None`.
+        reader_layers: keep only so many of the reader's first layers.
         pretrained: folder or Hub id whose weights training starts from, or `None` to start from scratch.
         task, tokenizer, evaluation, tracking: those sections; `tokenizer` is `None` for a kind that has none.
         training, training_values: the `training` section, and what was written of it (YAML and command line).
@@ -233,6 +235,9 @@ class Recipe:
     trust_remote_code: bool
     embeddings_from: str | None
     embeddings_revision: str | None
+    reader: str | None
+    reader_revision: str | None
+    reader_layers: int | None
     task: Any
     tokenizer: Any
     training: Any
@@ -268,6 +273,9 @@ class Recipe:
             model |= {"pretrained": self.pretrained, "pretrained_revision": self.pretrained_revision}
         if self.embeddings_from:
             model |= {"embeddings_from": self.embeddings_from, "embeddings_revision": self.embeddings_revision}
+        if self.reader:
+            names = ("reader", "reader_revision", "reader_layers")
+            model |= {name: getattr(self, name) for name in names}
         sections = {
             name: {k: v for k, v in self.training_values.items() if k not in UNRECORDED_FIELDS}
             if name == "training"
@@ -406,6 +414,9 @@ def section_fields(section: str, kind: Kind, model_type: str | None) -> dict[str
             "trust_remote_code": bool,
             "embeddings_from": str | None,
             "embeddings_revision": str | None,
+            "reader": str | None,
+            "reader_revision": str | None,
+            "reader_layers": int | None,
         }
         return extra | (model_fields(model_type) if model_type else {})
     arguments = _arguments_of(section, kind)
@@ -583,12 +594,30 @@ def _build(
     pretrained, pretrained_revision = model.pop("pretrained", None), model.pop("pretrained_revision", None)
     trust_remote_code = model.pop("trust_remote_code", False)
     embeddings_from, embeddings_revision = model.pop("embeddings_from", None), model.pop("embeddings_revision", None)
+    reader, reader_revision = model.pop("reader", None), model.pop("reader_revision", None)
+    reader_layers = model.pop("reader_layers", None)
     if pretrained is None and pretrained_revision is not None:
         raise UserError("model.pretrained_revision is set, but model.pretrained is not")
     if embeddings_from is not None and pretrained is not None:
         raise UserError("model.embeddings_from: model.pretrained brings its own embeddings; leave one of them out")
     if embeddings_revision is not None and embeddings_from is None:
         raise UserError("model.embeddings_revision is set, but model.embeddings_from is not")
+    if reader is not None:
+        for name, value, why in (
+            ("model.pretrained", pretrained, "it brings its own weights, those of its reader with them"),
+            ("model.embeddings_from", embeddings_from, "the reader brings its own embeddings"),
+            ("model.reader_config", model.get("reader_config"), "the reader brings its own configuration"),
+            ("tokenizer.name_or_path", values.get("tokenizer", {}).get("name_or_path"), "the reader brings its own"),
+        ):
+            if value is not None:
+                raise UserError(f"{name} and model.reader exclude each other: {why}; leave one of them out")
+        if "reader_config" not in fields["model"]:
+            raise UserError(f"model.reader: a {model_type} takes no reader; leave it out")
+    for name, value in (("reader_revision", reader_revision), ("reader_layers", reader_layers)):
+        if value is not None and reader is None:
+            raise UserError(f"model.{name} is set, but model.reader is not")
+    if reader_layers is not None and reader_layers < 1:
+        raise UserError(f"model.reader_layers is {reader_layers}; it must be at least 1")
     if pretrained is not None and model:
         raise UserError(f"model.{next(iter(model))}: model.pretrained brings its own configuration; leave it out")
     training_values = dict(values.get("training", {}))
@@ -608,6 +637,9 @@ def _build(
         trust_remote_code=trust_remote_code,
         embeddings_from=embeddings_from,
         embeddings_revision=embeddings_revision,
+        reader=reader,
+        reader_revision=reader_revision,
+        reader_layers=reader_layers,
         model_values=model,
         training=build_training_arguments(kind, training_values, output_dir),
         training_values=training_values,

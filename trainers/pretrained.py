@@ -1,16 +1,25 @@
-"""Starting from pretrained weights: all of a model's, or its token embeddings where the vocabulary is another."""
+"""Starting from pretrained weights: all of a model's, its token embeddings where the vocabulary is another, or a whole
+model as the reader of the source."""
 
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from tokenizers import processors
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .arguments import Recipe
 from .errors import UserError, one_line
 from .hub import into_cache
-from .loading import load_model
+from .loading import LOADING_ERRORS, load_model, locate
 
 SPECIAL_ROLES = ("pad_token", "bos_token", "eos_token", "unk_token")
 
@@ -37,6 +46,99 @@ def pretrained_model(recipe: Recipe, auto_class: Any) -> PreTrainedModel:
             f"model.model_type is {recipe.model_type}, but {recipe.pretrained!r} holds a {model.config.model_type}"
         )
     return model
+
+
+def reader_fields(recipe: Recipe) -> dict[str, PreTrainedConfig]:
+    """The fields of a model's configuration that its reader decides; none without `model.reader`.
+
+    Raises:
+        UserError: if the reader's configuration cannot be loaded, or has fewer layers than are to be kept.
+    """
+    if recipe.reader is None:
+        return {}
+    field = "model.reader"
+    name, options = locate(recipe.reader, field)
+    options |= into_cache(name, recipe.reader_revision, weights=False, option=field)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{field}: cannot load {recipe.reader!r}: {one_line(error)[:300]}") from error
+    if recipe.reader_layers is not None:
+        layers = getattr(config, "num_hidden_layers", None)
+        if not isinstance(layers, int) or layers < recipe.reader_layers:
+            held = f"{layers} layers" if isinstance(layers, int) else "no num_hidden_layers"
+            raise UserError(f"model.reader_layers is {recipe.reader_layers}, but {recipe.reader!r} has {held}")
+        config.num_hidden_layers = recipe.reader_layers
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            config.layer_types = kinds[: recipe.reader_layers]
+    config.name_or_path = ""  # a place on this machine
+    return {"reader_config": config}
+
+
+def reader_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.reader`. One without an end or padding token takes the nearest that it has for it, and
+    every text ends with the end token, as sources do in training.
+
+    Raises:
+        UserError: if it cannot be loaded, or has no token that can end a text.
+    """
+    assert recipe.reader is not None
+    field = "model.reader"
+    name, options = locate(recipe.reader, field)
+    options |= into_cache(name, recipe.reader_revision, weights=False, option=field)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # a damaged file raises whatever its reader happens to meet
+        message = f"{field}: cannot load the tokenizer of {recipe.reader!r}: {one_line(error)[:300]}"
+        raise UserError(message) from error
+    for token, stand_in in (("bos_token", "cls_token"), ("eos_token", "sep_token"), ("pad_token", "eos_token")):
+        if getattr(tokenizer, token) is None and getattr(tokenizer, stand_in) is not None:
+            setattr(tokenizer, token, getattr(tokenizer, stand_in))
+    if tokenizer.eos_token is None:
+        raise UserError(f"{field}: the tokenizer of {recipe.reader!r} has no eos_token, which source and target need")
+    if tokenizer.is_fast:
+        end = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {end}", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def fill_reader(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Give a model's reader the weights of `model.reader`.
+
+    Args:
+        model: with a reader of the configuration that [`reader_fields`] gives.
+        recipe: names the weights.
+
+    Returns:
+        The number of parameters of the reader.
+
+    Raises:
+        UserError: if the weights cannot be loaded, or the reader has one that they do not hold.
+    """
+    assert recipe.reader is not None
+    field = "model.reader"
+    pretrained, _ = load_model(
+        recipe.reader,
+        auto_class=AutoModel,
+        revision=recipe.reader_revision,
+        dtype=torch.float32,
+        device="cpu",
+        needs_tokenizer=False,
+        option=field,
+    )
+    reader = model.get_encoder().reader.model
+    try:
+        # Layers that are not kept, and what makes a state of the whole row, are left over.
+        missing, _ = reader.load_state_dict(pretrained.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{field}: {recipe.reader!r} does not fit: {one_line(error)[:300]}") from error
+    if missing:
+        raise UserError(f"{field}: {recipe.reader!r} holds no {missing[0]}, which its configuration asks for")
+    return reader.num_parameters()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,12 @@ from .tracking import make_tracker, write_internals
 
 # Fields that may name a place on this machine: of the task, and with their sections of models and tokenizers.
 DATA_FIELDS = ("data_dir", "teacher_answers")
-MODEL_FIELDS = (("model", "pretrained"), ("model", "embeddings_from"), ("tokenizer", "name_or_path"))
+MODEL_FIELDS = (
+    ("model", "pretrained"),
+    ("model", "embeddings_from"),
+    ("model", "reader"),
+    ("tokenizer", "name_or_path"),
+)
 
 
 @dataclass(frozen=True)

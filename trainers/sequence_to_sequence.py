@@ -32,7 +32,7 @@ from .evaluation import (
     summarise,
 )
 from .hub import into_cache
-from .pretrained import embeddings_from, pretrained_model
+from .pretrained import embeddings_from, fill_reader, pretrained_model, reader_fields, reader_tokenizer
 from .run import Evaluation, TrainingRun, say
 from .stability import ExplodingLoss
 from .tasks import Example, Task, TaskArguments, get_task
@@ -88,11 +88,13 @@ class EncodedExamples(Dataset):
 
 
 def make_tokenizer(recipe: Recipe, task: Task, train: Sequence[Example]) -> PreTrainedTokenizerBase:
-    """The recipe's named tokenizer, or one trained on the train split alone.
+    """The recipe's named tokenizer, that of its reader, or one trained on the train split alone.
 
     Raises:
         UserError: if the named one cannot be loaded or lacks a special token the models need.
     """
+    if recipe.reader is not None:
+        return reader_tokenizer(recipe)
     name = recipe.tokenizer.name_or_path or recipe.pretrained
     if name is None:
         return task.build_tokenizer(train, recipe.tokenizer.vocab_size)
@@ -129,11 +131,15 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         token_ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
         token_ids |= {"bos_token_id": bos, "decoder_start_token_id": bos}
-        config = recipe.model_config(vocab_size=len(tokenizer), **token_ids)
+        config = recipe.model_config(vocab_size=len(tokenizer), **token_ids, **reader_fields(recipe))
         if getattr(config, "decoder_vocab_size", None) not in (None, len(tokenizer)):
             raise UserError("model.decoder_vocab_size: source and target share the task's tokenizer; leave it out")
         with user_errors_from_validation("model"):
             model = AutoModelForSeq2SeqLM.from_config(config)
+        if recipe.reader is not None:
+            count = fill_reader(model, recipe)
+            learning = "frozen" if config.freeze_reader else "trained"
+            say(f"reader    {config.reader_config.model_type} from {recipe.reader}, {count:,} parameters, {learning}")
     source_length, target_length = recipe.task.max_source_length, recipe.task.max_target_length
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and source_length is not None and target_length is not None:

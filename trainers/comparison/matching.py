@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, Pr
 
 from ..arguments import Recipe, model_fields, parse_recipe, user_errors_from_validation
 from ..errors import UserError, one_line
+from ..pretrained import reader_fields
 from ..sequence_to_sequence import KIND, make_tokenizer
 from ..tasks import Task
 from .cells import Cell
@@ -56,7 +57,7 @@ def text_task(recipe: Recipe, name: str) -> Task | None:
 
 def configuration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration that the training command will build; token ids, which cost no parameters, left out."""
-    return recipe.model_config(vocab_size=len(tokenizer))
+    return recipe.model_config(vocab_size=len(tokenizer), **reader_fields(recipe))
 
 
 def trainable_parameters(config: PreTrainedConfig) -> int:
@@ -119,7 +120,7 @@ def prepare(
         for size in comparison.sizes:
             counts: dict[str, int] = {}
             configs: dict[str, PreTrainedConfig] = {}
-            tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+            tokenizers: dict[tuple[str, str | None], PreTrainedTokenizerBase] = {}
             for model in names:
                 cell = cells[model, task_name, size, first_seed]
                 where = f"{task_name}, {model}"
@@ -137,9 +138,9 @@ def prepare(
                 task = read[key]
                 if task is None or recipe.pretrained is not None:
                     continue
-                if key not in tokenizers:
-                    tokenizers[key] = make_tokenizer(recipe, task, task.rows("train"))
-                configs[model] = configuration(recipe, tokenizers[key])
+                if (key, recipe.reader) not in tokenizers:
+                    tokenizers[key, recipe.reader] = make_tokenizer(recipe, task, task.rows("train"))
+                configs[model] = configuration(recipe, tokenizers[key, recipe.reader])
                 counts[model] = trainable_parameters(configs[model])
             if comparison.plan.parameters == "matched":
                 _check_counts(comparison, task_name, counts)
