@@ -38,7 +38,7 @@ from .command import CommandParser, run_command
 from .errors import UserError, did_you_mean, one_line
 from .evaluation import decode_predictions, results_table, score_predictions, score_trivial, summarise
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
-from .loading import load_model
+from .loading import language_model_class, load_model, saved_class
 from .run import empty_folder, read_record, say, versions
 from .tasks import Example, Task, TaskArguments, get_task
 from .tasks.base import tokenize
@@ -419,6 +419,8 @@ def _run(plan: Plan, claim: contextlib.ExitStack) -> dict[str, Any]:
     dtype = "auto" if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model, tokenizer = load_model(
         arguments.model,
+        # A GGUF file names no class.
+        auto_class=lambda config: saved_class(config) if config.architectures else language_model_class(config),
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
         dtype=dtype,
