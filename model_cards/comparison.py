@@ -289,6 +289,9 @@ def _method(comparison: Mapping[str, Any], timings: Mapping[str, Any]) -> str:
         if about["own_training"]
     ]
     tuning = f" Settings of their own: {'; '.join(own)}." if own else " No model had settings of its own."
+    taught = [code(name) for name, about in comparison["models"].items() if about.get("taught")]
+    if taught:
+        data += f" In the place of the gold targets of training, {', '.join(taught)} learned another model's answers."
     versions = "; ".join(
         ", ".join(f"{text(name)} {text(value)}" for name, value in entry.items())
         for entry in timings.get("versions", [])

@@ -189,6 +189,20 @@ def test_another_recipe_in_the_same_folder_is_refused(pretended, tmp_path, capsy
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_shipped_sweeps_are_rehearsed(path, pretended, tmp_path):
+    """All but the training: every cell's recipe is one that `trainers.train` takes, and there is a plot."""
+    options = ["--debug", "--max_samples", "4"]
+    if "logiqa" in path.read_text():
+        options += ["--data_dir", str(ROOT / "tests" / "data" / "logiqa")]
+    assert run(path, tmp_path / "out", *options) == 0
+    recipes = list((tmp_path / "out" / "cells").rglob("seed-*.yaml"))
+    assert len(recipes) == len(pretended.ran) > 0
+    for recipe in recipes:
+        assert parse_recipe([str(recipe)], prog="train").training.max_steps == 2
+    assert (tmp_path / "out" / "sweep.png").exists()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_shipped_sweeps_are_complete(path, tmp_path):
     sections, axes, seeds = sweep.read_sweep(sweep.parse([str(path)]))
     cells = grid(sections, axes, seeds)

@@ -10,7 +10,8 @@
 
 A cell's recipe is put together from the task's entry (its `recipe` without the model, then its own sections) and the
 sections that all share, the model's entry, and the seed. Everything but the model is the same for all models: data,
-their order, budget, batch, schedule. A model may only bring settings of its own that cost no budget (`TUNABLE`).
+their order, budget, batch, schedule. A model may only bring settings of its own that cost no budget (`TUNABLE`), and
+answers of a teacher to learn from (`TEACHING`), which the report then says.
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ TUNABLE = (
     "step_cost_start",
     "step_cost_ramp",
 )
-SHARED_SECTIONS = ("task", "tokenizer", "training", "evaluation")
+# What a model may learn in the place of a task's gold targets.
+TEACHING = ("teacher_answers", "teacher_filter")
 # Fewer runs than this say too little about the chance of training for a verdict.
 LEAST_SEEDS = 5
 DEBUG_SEEDS, DEBUG_STEPS, DEBUG_SAMPLES = 2, 2, 32
@@ -59,6 +61,7 @@ class ModelEntry:
         matched_to: another model of the comparison; sizes are solved so that both have as many trainable parameters.
         model: fields of the configuration, over those of `recipe`.
         training: settings of its own, of those in `TUNABLE`.
+        task: answers of a teacher that it learns from, by the fields in `TEACHING`.
         tasks: the tasks it takes part in; all by default.
     """
 
@@ -66,6 +69,7 @@ class ModelEntry:
     matched_to: str | None = None
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+    task: dict = field(default_factory=dict)
     tasks: list[str] | None = None
 
 
@@ -232,6 +236,7 @@ class Comparison:
         if size is not None:
             common["task"]["max_train_samples"] = size
         own = self.models[model]
+        common["task"] |= own.task
         common["training"] = merge(common.get("training", {}), own.training) | {"seed": seed, "disable_tqdm": True}
         entry = self.tasks[task]
         fields = merge(merge(self.model_sections[model], entry.model), own.model)
@@ -296,6 +301,12 @@ def read_comparison(path: Path) -> Comparison:
                 raise UserError(
                     f"{path}: models.{name}.training.{field_name}: all models train with the same budget and data; "
                     f"a model may set {', '.join(TUNABLE)}"
+                )
+        for field_name in model.task:
+            if field_name not in TEACHING:
+                raise UserError(
+                    f"{path}: models.{name}.task.{field_name}: all models have the same task; a model may set "
+                    f"{', '.join(TEACHING)}"
                 )
         for wanted in model.tasks or ():
             if wanted not in tasks:

@@ -266,6 +266,7 @@ def _about_model(name: str, comparison: Comparison, runs: Mapping[Key, RunResult
         "architecture": first.metrics["architecture"] if first else None,
         "matched_to": entry.matched_to,
         "own_training": entry.training,
+        **({"taught": True} if "teacher_answers" in entry.task else {}),
         "configuration": {
             task: next((run.record.get("model") for key, run in runs.items() if key[:2] == (name, task)), None)
             for task in comparison.tasks
