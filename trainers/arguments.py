@@ -6,7 +6,7 @@ name stands in two sections, `--training.max_steps 5`. Values on the command lin
 
 | section | fields |
 |---|---|
-| `model` | `model_type`, `pretrained`, `embeddings_from` or `reader`, and any field of that configuration |
+| `model` | `model_type`, optionally `pretrained`, `embeddings_from` or `reader`, any field of its configuration |
 | `task` | name, data source, sizes, the task's own `options` |
 | `tokenizer` | where the tokenizer comes from, for models that read text |
 | `training` | everything of `transformers.TrainingArguments`, and our own fields |

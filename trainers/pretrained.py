@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,8 +47,8 @@ def pretrained_model(recipe: Recipe, auto_class: Any) -> PreTrainedModel:
     return model
 
 
-def reader_fields(recipe: Recipe) -> dict[str, PreTrainedConfig]:
-    """The fields of a model's configuration that its reader decides; none without `model.reader`.
+def reader_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a model's configuration that its reader decides: its own one; none without `model.reader`.
 
     Raises:
         UserError: if the reader's configuration cannot be loaded, or has fewer layers than are to be kept.

@@ -131,7 +131,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder returns its keys and values for the next generation step.
         pad_token_id (`int`, *optional*, defaults to 0):
-            Padding token. Its embedding is zero at initialisation.
+            Padding token. Its embedding is zero at initialisation, unless it is an `eos_token_id` too.
         bos_token_id (`int`, *optional*, defaults to 1):
             Token before a sequence.
         eos_token_id (`int` or `list[int]`, *optional*, defaults to 2):

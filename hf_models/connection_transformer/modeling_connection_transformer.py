@@ -188,6 +188,12 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return torch.arange(is_token.shape[1], device=is_token.device) - padding_before_last_token
 
 
+def padding_index(config: ConnectionTransformerConfig) -> int | None:
+    """Row of the embeddings that starts at zero and is never moved: that of padding, unless it also ends a sequence."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return None if config.pad_token_id in ends else config.pad_token_id
+
+
 def shift_right(
     labels: torch.LongTensor, decoder_start_token_id: int | None, pad_token_id: int | None
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -745,7 +751,7 @@ class ConnectionTransformerEncoder(ConnectionTransformerPreTrainedModel):
         if config.reader_config is not None:
             self.reader = ConnectionTransformerReader(config)
         else:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
             self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.dropout = nn.Dropout(config.dropout)
@@ -874,7 +880,7 @@ class ConnectionTransformerDecoder(ConnectionTransformerPreTrainedModel):
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__(config)
         vocab_size = config.decoder_vocab_size or config.vocab_size
-        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size, padding_index(config))
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.dropout = nn.Dropout(config.dropout)

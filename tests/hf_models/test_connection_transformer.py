@@ -261,6 +261,18 @@ def test_frozen_reader_stays_as_it_is(tmp_path):
     assert model.eval().train().training
 
 
+@pytest.mark.parametrize("eos_token_id", [0, [2, 0]], ids=str)
+def test_padding_that_also_ends_a_sequence_is_learnt(eos_token_id):
+    """Tokenizers of decoders often have one token for both; with a zero row the model could hardly learn to end."""
+    plain, both = small_config(), small_config(eos_token_id=eos_token_id)
+    for config, expected in ((plain, 0), (both, 1)):
+        model = ConnectionTransformerForConditionalGeneration(config)
+        assert model.lm_head.weight[0].norm().item() == pytest.approx(expected, abs=0.5 * expected)
+        tokens = torch.tensor([[3, 0, 4]])
+        model(input_ids=tokens, decoder_input_ids=tokens).logits[..., 1:].sum().backward()
+        assert (model.lm_head.weight.grad[0].norm() > 0).item() is bool(expected)
+
+
 def test_adapters_inside_a_frozen_reader_learn():
     from peft import LoraConfig, get_peft_model
 

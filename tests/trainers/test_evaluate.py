@@ -1,6 +1,7 @@
 """`python -m trainers.evaluate`: runs and foreign models, batches, interruption, limits, results and card."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -101,6 +102,16 @@ def test_foreign_models(models, tmp_path, name):
     assert metrics["test"]["mean_steps"] is None
     assert metrics["model"]["architecture"] in ("T5ForConditionalGeneration", "GPT2LMHeadModel")
     assert metrics["test"]["trivial"]["accuracy"]["value"] == pytest.approx(8 / 12)
+
+
+def test_a_configuration_that_names_no_class_is_of_a_model_that_writes(models, tmp_path):
+    """As a GGUF file's."""
+    folder = shutil.copytree(models / "gpt2", tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main([str(folder), *TASK, "--limit", "2", "--output_dir", str(tmp_path / "out")]) == 0
+    assert results(tmp_path / "out")[0]["model"]["architecture"] == "GPT2LMHeadModel"
 
 
 @pytest.mark.parametrize("name", ["run", "t5", "gpt2"])
