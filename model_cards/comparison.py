@@ -66,8 +66,12 @@ def _opening(comparison: Mapping[str, Any]) -> str:
         for name, about in comparison["models"].items()
     )
     tasks = ", ".join(text(name) for name in comparison["tasks"])
+    planned, counts = len(comparison["seeds"]), sorted({len(entry["seeds"]) for entry in comparison["results"]})
+    fewest, most = (counts[0], counts[-1]) if counts else (planned, planned)
+    seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    seeds += " seeds each" if fewest == planned else f" of {planned} seeds each"
     return (
-        f"{models} on {tasks}; {len(comparison['seeds'])} seeds each. Every number is measured by generating or "
+        f"{models} on {tasks}; {seeds}. Every number is measured by generating or "
         "predicting on a test split that neither training nor the choice of a checkpoint has seen."
     )
 
