@@ -283,6 +283,10 @@ ARCHITECTURES = {
                 "An example stops after the first step that changes the state of its slots by at most τ times the norm "
                 "of the new state, and after K steps at the latest."
             ),
+            "slot_change": (
+                "An example stops after the first step that changes the state of each of its slots by at most τ times "
+                "the norm of the slot's new state, and after K steps at the latest."
+            ),
             "update_norm": (
                 "An example stops after the first step in which the update of every slot has a norm of at most τ, and "
                 "after K steps at the latest."
@@ -291,6 +295,10 @@ ARCHITECTURES = {
                 "All examples of a batch stop together, after the first step in which the update of every slot of "
                 "every example has a norm of at most τ, and after K steps at the latest: the result for an example "
                 "depends on the others in its batch."
+            ),
+            "learned": (
+                "An example stops after the first step at which a small head, trained on the answers of all steps, "
+                "takes the answer to be wrong with a probability of at most τ, and after K steps at the latest."
             ),
             "none": "Every example takes K steps.",
         },

@@ -64,6 +64,33 @@ def _text_to_text(run: RunFolder, architecture: Architecture, place: str, option
     return lines
 
 
+def _tokens_in_one_pass(run: RunFolder, architecture: Architecture, place: str, options: str) -> list[str]:
+    prompt, target = "Write the prompt here.", None
+    example = run.metrics.maybe_section("example")
+    if example:
+        prompt, target = example.text("prompt"), example.maybe_text("target")
+    bound = run.recipe.section("evaluation").maybe_count("max_reasoning_steps")
+    return [
+        "import torch",
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer",
+        "",
+        f"name = {place}",
+        f"tokenizer = AutoTokenizer.from_pretrained(name, {options})",
+        f"model = AutoModelForMaskedLM.from_pretrained(name, {options})",
+        "",
+        f"prompt = {python_string(prompt)}",
+        *([f"# The expected answer is {python_string(one_line(target))}."] if target is not None else []),
+        'inputs = tokenizer(prompt, return_tensors="pt")',
+        "with torch.no_grad():",
+        f"    outputs = model(**inputs{f', max_reasoning_steps={bound}' if bound else ''})",
+        "tokens = outputs.logits[0].argmax(-1).tolist()",
+        "if model.config.eos_token_id in tokens:",
+        "    tokens = tokens[: tokens.index(model.config.eos_token_id)]",
+        'print("answer:", tokenizer.decode(tokens, skip_special_tokens=True))',
+        'print("reasoning steps:", outputs.reasoning_steps.item())',
+    ]
+
+
 def _task_options(run: RunFolder) -> Fields:
     return run.recipe.section("task").section("options")
 
@@ -174,6 +201,7 @@ def _ticks(run: RunFolder, architecture: Architecture, place: str, options: str)
 
 SNIPPETS: dict[str, Callable[[RunFolder, Architecture, str, str], list[str]]] = {
     "ForConditionalGeneration": _text_to_text,
+    "ForMaskedLM": _tokens_in_one_pass,
     "InContextTransformerForPrediction": _points_and_values,
     "InContextTransformerForSequenceClassification": _tables,
     "ForImageClassification": _ticks,

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .arguments import RunTrainingArguments
 from .run_trainer import RunTrainer
 
-LOSS_PARTS = ("cross_entropy", "orthogonality", "step_cost")
+LOSS_PARTS = ("cross_entropy", "orthogonality", "step_cost", "halting")
 
 
 @dataclass
@@ -46,7 +46,8 @@ class AdaptiveReasoningTrainer(RunTrainer):
     - **Step cost.** Its weight follows a schedule over the update steps: 0 until `step_cost_start`, then a linear ramp
       of length `step_cost_ramp` up to the configuration's `step_cost_weight`. It depends on the step alone, so a
       resumed run continues it exactly.
-    - **Evaluation.** `evaluate` and `predict` generate: `predictions` is the tuple `(tokens, steps)` with the generated
+    - **Evaluation.** `evaluate` and `predict` generate, or with a model without a decoder take what its one forward pass
+      predicts at the positions of the input, up to the first end-of-sequence token: `predictions` is the tuple `(tokens, steps)` with the generated
       tokens `(examples, length)` padded with -100, and the reasoning steps of each example `(examples,)`, or -1 for a
       model without steps. Nothing is teacher-forced except `eval_loss`, the mean cross-entropy of all targets of the
       split, whatever the batches and processes they were spread over (the library's is a mean of batch means).
@@ -127,6 +128,8 @@ class AdaptiveReasoningTrainer(RunTrainer):
         encoder_kwargs = {}
         if "max_reasoning_steps" in self.generation_kwargs:
             encoder_kwargs["max_reasoning_steps"] = self.generation_kwargs["max_reasoning_steps"]
+        if not module.config.is_encoder_decoder:
+            return self._answers_in_one_pass(module, source, labels, encoder_kwargs)
         with self.compute_loss_context_manager():
             encoder_outputs = module.get_encoder()(**source, **encoder_kwargs)
             losses = targets = torch.zeros(len(source["input_ids"]), device=source["input_ids"].device)
@@ -145,6 +148,21 @@ class AdaptiveReasoningTrainer(RunTrainer):
         if steps is None:
             steps = torch.full((tokens.shape[0],), -1, device=tokens.device)
         return None, (tokens, steps, losses, targets), labels
+
+    def _answers_in_one_pass(self, module, source, labels, options):
+        """As `prediction_step`, of a model that predicts a token at every position of its input."""
+        with self.compute_loss_context_manager():
+            outputs = module(**source, **options)
+        tokens = outputs.logits.argmax(dim=-1)
+        losses = targets = torch.zeros(len(tokens), device=tokens.device)
+        if labels is not None:
+            logits = outputs.logits[:, : labels.shape[1]].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+            targets = labels.ne(-100).sum(1)
+        ends = tokens == module.config.eos_token_id
+        after_end = ends.cumsum(dim=1) > ends.long()
+        tokens = torch.where(after_end | (tokens == module.config.pad_token_id), -100, tokens)
+        return None, (tokens, outputs.reasoning_steps, losses, targets), labels
 
     def evaluation_loop(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 from huggingface_hub.dataclasses import strict
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -135,7 +136,9 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         if getattr(config, "decoder_vocab_size", None) not in (None, len(tokenizer)):
             raise UserError("model.decoder_vocab_size: source and target share the task's tokenizer; leave it out")
         with user_errors_from_validation("model"):
-            model = AutoModelForSeq2SeqLM.from_config(config)
+            # Without a decoder the answer is what one forward pass predicts at the positions of the input.
+            head = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForMaskedLM
+            model = head.from_config(config)
         if recipe.reader is not None:
             count = fill_reader(model, recipe)
             learning = "frozen" if config.freeze_reader else "trained"
@@ -149,6 +152,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
                 f"model.max_position_embeddings is {limit}, but task.max_source_length and max_target_length need "
                 f"{longest}"
             )
+    if not model.can_generate() and recipe.evaluation.num_beams > 1:
+        raise UserError("evaluation.num_beams: a model without a decoder answers in one pass; leave it out")
     bound = recipe.evaluation.max_reasoning_steps
     most = getattr(model.config, "max_reasoning_steps", None)
     if bound is not None and most is None:
@@ -199,8 +204,9 @@ class SequenceToSequenceRun(TrainingRun):
                 f"embedding {copied.copied} rows copied from {recipe.embeddings_from}, {copied.averaged} averaged, "
                 f"{copied.kept} kept as initialised"
             )
-        self.model.generation_config.max_new_tokens = recipe.task.max_target_length
-        self.model.generation_config.max_length = None
+        if self.model.can_generate():
+            self.model.generation_config.max_new_tokens = recipe.task.max_target_length
+            self.model.generation_config.max_length = None
         self.max_steps = recipe.evaluation.max_reasoning_steps or getattr(
             self.model.config, "max_reasoning_steps", None
         )
@@ -265,7 +271,8 @@ class SequenceToSequenceRun(TrainingRun):
 
     @staticmethod
     def results_table(metrics: dict[str, Any]) -> str:
-        title = f"test split, answers by generation ({metrics['task']['metric']}):"
+        how = "in one pass" if metrics["architecture"].endswith("ForMaskedLM") else "by generation"
+        title = f"test split, answers {how} ({metrics['task']['metric']}):"
         return f"{title}\n{results_table(metrics['test'], metrics['task']['metric'])}"
 
 

@@ -71,12 +71,18 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             Bound on the number of reasoning steps (K). A call can pass its own bound.
         halting (`str`, *optional*, defaults to `"state_change"`):
             What is compared with `halting_threshold` after each step. `"state_change"`: per sample, the norm of the
-            state's change relative to the norm of the new state, over all slots and channels. `"update_norm"`: per
+            state's change relative to the norm of the new state, over all slots and channels. `"slot_change"`: the same
+            of each slot alone, the largest over the sample's slots, so that it stays large as long as a single slot
+            still changes, however many there are. `"update_norm"`: per
             sample, the largest norm over its slots of the update before the LayerNorm. `"global_update_norm"`: the
             same, largest over the whole batch, so that **a sample's result depends on its batch**; it exists for
-            parity with the original implementation. `"none"`: every sample takes K steps.
+            parity with the original implementation. `"learned"`: per sample, the probability that the answer read out
+            after the step is wrong, as a small head estimates it from the slots and their change; it learns this from the answers of
+            all steps, so it needs `deep_supervision`. A halting head trained on whether the answer is right is the
+            one of the hierarchical reasoning model (Wang et al. 2025, arXiv:2506.21734, section 2), without its
+            reinforcement learning. `"none"`: every sample takes K steps.
         halting_threshold (`float`, *optional*, defaults to 0.1):
-            A sample stops after the first step whose measure is at most this (τ). A ratio for `"state_change"`, a norm
+            A sample stops after the first step whose measure is at most this (τ). A ratio for the two rules of change, a probability for `"learned"`, a norm
             for the update rules.
         halting_temperature (`float`, *optional*, defaults to 1.0):
             Width of the soft step count, in units of the logarithm of the measure (Θ); towards 0 it becomes the hard
@@ -86,6 +92,10 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             and no call can take more than `max_reasoning_steps` steps.
         inject_input (`bool`, *optional*, defaults to `True`):
             Whether the slots' state before the first step is added at every step. The original implementation does not.
+        initial_compression_gain (`float`, *optional*, defaults to 1.0):
+            Factor on the query matrix of the compression as it starts. At 1 every token starts spread almost evenly
+            over the slots, as in the original implementation; at 8 it starts in few slots of its own, and what tokens
+            at different positions say can be told apart from the first update on.
         compression_norm (`str`, *optional*, defaults to `"mean"`):
             How a slot gathers the tokens assigned to it. `"mean"`: weighted mean, whether or not a mask is given.
             `"sum_without_mask"`: the original implementation, which takes a sum when no mask is given, so that an
@@ -128,6 +138,15 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         step_cost_target (`float`, *optional*):
             If given, the step cost is the mean squared excess of the soft step count over this number of steps;
             otherwise it is the mean soft step count itself.
+        deep_supervision (`float`, *optional*, defaults to 0.0):
+            Share of the task's loss, in [0, 1], that is its mean over the answers read out after every step; the rest
+            is the loss of the final answer. In training all K steps are then taken, also after a sample has met the
+            halting rule, so that it settles. For [`ConnectionTransformerForMaskedLM`] alone. As in deeply supervised
+            nets (Lee et al. 2015, arXiv:1409.5185) and at every step of recurrent relational networks (Palm et al.
+            2018, arXiv:1711.08028, section 3.2).
+        halting_loss_weight (`float`, *optional*, defaults to 0.5):
+            With `halting="learned"`: weight of the halting head's own loss. The head reads the slots without changing
+            what they learn.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder returns its keys and values for the next generation step.
         pad_token_id (`int`, *optional*, defaults to 0):
@@ -190,6 +209,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         "cross_entropy_loss",
         "orthogonality_loss",
         "step_cost_loss",
+        "halting_loss",
     ]
     sub_configs = {"reader_config": AutoConfig}
     base_model_fsdp_plan = {"decoder.layers.*": "free_full_weight"}
@@ -202,11 +222,14 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     connection_type: Literal["scalar", "per_pair", "block", "diagonal"] = "scalar"
     initial_update_ratio: float | int | None = None
     max_reasoning_steps: int = positive_int_field(default=6)
-    halting: Literal["state_change", "update_norm", "global_update_norm", "none"] = "state_change"
+    halting: Literal["state_change", "slot_change", "update_norm", "global_update_norm", "learned", "none"] = (
+        "state_change"
+    )
     halting_threshold: float | int = interval(min=0)(default=0.1)
     halting_temperature: float | int = interval(min=0, exclude_min=True)(default=1.0)
     share_step_norm: bool = True
     inject_input: bool = True
+    initial_compression_gain: float | int = interval(min=0, exclude_min=True)(default=1.0)
     compression_norm: Literal["mean", "sum_without_mask"] = "mean"
     update_scale: float | int = 1.0
     slot_seed: int = 0
@@ -225,6 +248,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     orthogonality_weight: float | int = interval(min=0)(default=0.0)
     step_cost_weight: float | int = interval(min=0)(default=0.0)
     step_cost_target: float | int | None = None
+    deep_supervision: float | int = probability(default=0.0)
+    halting_loss_weight: float | int = interval(min=0)(default=0.5)
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -271,6 +296,10 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             raise ValueError(f"step_cost_target={self.step_cost_target} must be at least 1, every sample takes a step")
         if reader is not None:
             self._validate_reader(reader)
+        if self.halting == "learned" and self.deep_supervision == 0:
+            raise ValueError(
+                "halting='learned' learns from the answer after every step: deep_supervision must be above 0"
+            )
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named_tokens = [
             ("pad_token_id", self.pad_token_id),
@@ -353,6 +382,8 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         else:
             source = 0 if reader.hidden_size == width else reader.hidden_size * width
         count = source + 3 * width**2 + connections + 2 * width * norms
+        if self.halting == "learned":
+            count += 2 * width**2 + 2 * width + 1
         if head is None and not self.is_encoder_decoder:
             return count
         if head in (None, "ConditionalGeneration"):

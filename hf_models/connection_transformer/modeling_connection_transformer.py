@@ -133,6 +133,8 @@ class ConnectionTransformerClassifierOutput(ModelOutput):
             As in [`ConnectionTransformerEncoderOutput`], over `batch_size * num_choices` rows from the choice head.
         cross_entropy_loss, orthogonality_loss, step_cost_loss:
             As in [`ConnectionTransformerSeq2SeqLMOutput`]; in regression the first holds the squared error.
+        halting_loss (`torch.FloatTensor` of shape `()`, *optional*, filled in training with `halting="learned"`):
+            Binary cross entropy of the halting head's estimates, in nats per sample and step, before its weight.
     """
 
     loss: torch.FloatTensor | None = None
@@ -146,6 +148,7 @@ class ConnectionTransformerClassifierOutput(ModelOutput):
     cross_entropy_loss: torch.FloatTensor | None = None
     orthogonality_loss: torch.FloatTensor | None = None
     step_cost_loss: torch.FloatTensor | None = None
+    halting_loss: torch.FloatTensor | None = None
 
 
 def orthonormal_slots(num_slots: int, hidden_size: int, seed: int) -> torch.Tensor:
@@ -242,9 +245,13 @@ def sample_norm(states: torch.Tensor) -> torch.Tensor:
 
 class ConnectionTransformerProjection(nn.Linear):
     """
-    Linear map of the compression and the expansion, which starts as an orthogonal matrix: a class of its own so that it
-    is known.
+    Linear map of the compression and the expansion, which starts as an orthogonal matrix times a factor: a class of its
+    own so that it is known.
     """
+
+    def __init__(self, hidden_size: int, gain: float = 1.0):
+        super().__init__(hidden_size, hidden_size, bias=False)
+        self.gain = gain
 
 
 class ConnectionTransformerReader(nn.Module):
@@ -328,9 +335,9 @@ class ConnectionTransformerCompression(GradientCheckpointingLayer):
             "slots",
             orthonormal_slots(config.num_slots, config.hidden_size, config.slot_seed).to(torch.get_default_dtype()),
         )
-        self.q_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = ConnectionTransformerProjection(config.hidden_size, config.initial_compression_gain)
+        self.k_proj = ConnectionTransformerProjection(config.hidden_size)
+        self.v_proj = ConnectionTransformerProjection(config.hidden_size)
 
     def forward(
         self, token_states: torch.Tensor, attention_mask: torch.Tensor | None
@@ -356,6 +363,35 @@ class ConnectionTransformerCompression(GradientCheckpointingLayer):
         return self.slots + weights.to(values.dtype).transpose(1, 2) @ values, weights
 
 
+class ConnectionTransformerHaltingHead(nn.Module):
+    """
+    Estimates from the slots and their last change how likely the answer that would be read out now is wrong. It looks
+    at detached states: the slots learn nothing from it.
+    """
+
+    def __init__(self, config: ConnectionTransformerConfig):
+        super().__init__()
+        self.hidden_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, slot_states: torch.Tensor, previous_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            slot_states (`torch.FloatTensor` of shape `(batch_size, num_slots, hidden_size)`): States after a step.
+            previous_states (`torch.FloatTensor` of the same shape): States before it.
+
+        Returns:
+            Probability of a wrong answer in float32 or better, of shape `(batch_size,)`.
+        """
+        # Transposed, slot-major states are contiguous.
+        states, previous_states = slot_states.detach().transpose(0, 1), previous_states.detach().transpose(0, 1)
+        features = torch.relu(self.hidden_proj(torch.cat([states, states - previous_states], dim=-1)))
+        # One slot that is not done is enough to go on: the largest over the slots, where a mean would drown it.
+        features = features.amax(dim=0)
+        scores = self.out_proj(features).squeeze(-1)
+        return torch.sigmoid(-scores.to(torch.promote_types(scores.dtype, torch.float32)))
+
+
 class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
     """
     One reasoning step, `LayerNorm(x + α ReLU(influence(x)) [+ x₀])`, and the measure that decides about the next one.
@@ -369,6 +405,8 @@ class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
         self.layer_norms = nn.ModuleList(
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(num_norms)
         )
+        if config.halting == "learned":
+            self.halting_head = ConnectionTransformerHaltingHead(config)
 
     def forward(
         self,
@@ -411,11 +449,16 @@ class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
         halting = self.config.halting
         if halting == "none":
             return None
+        if halting == "learned":
+            return self.halting_head(candidate, slot_states)
         dtype = torch.promote_types(candidate.dtype, torch.float32)
-        if halting == "state_change":
+        if halting in ("state_change", "slot_change"):
             candidate = candidate.to(dtype)
-            change = sample_norm(candidate - slot_states.to(dtype))
-            return change / sample_norm(candidate).clamp_min(torch.finfo(dtype).tiny)
+            change = candidate - slot_states.to(dtype)
+            if halting == "state_change":
+                return sample_norm(change) / sample_norm(candidate).clamp_min(torch.finfo(dtype).tiny)
+            sizes = torch.linalg.vector_norm(candidate, dim=-1).clamp_min(torch.finfo(dtype).tiny)
+            return (torch.linalg.vector_norm(change, dim=-1) / sizes).amax(dim=1)
         largest = torch.linalg.vector_norm(update.to(dtype), dim=-1).amax(dim=1)
         if halting == "global_update_norm" and largest.numel() > 0:
             largest = largest.amax().expand_as(largest)
@@ -475,8 +518,10 @@ class ConnectionTransformerReasoning(nn.Module):
         steps = torch.zeros(batch_size, dtype=torch.long, device=slot_states.device)
         survival = torch.ones(batch_size, dtype=dtype, device=slot_states.device)
         expected_steps = survival
+        # With every step supervised a sample goes on, so that what it says after it could have stopped is learnt too.
+        go_on = self.config.halting == "none" or (self.training and self.config.deep_supervision > 0)
         for step in range(max_steps):
-            still = None if self.config.halting == "none" else active
+            still = None if go_on else active
             slot_states, _, measure = self.step(slot_states, initial_states, prepared[step], still, step)
             steps = steps + active
             if measure is not None:
@@ -672,7 +717,7 @@ class ConnectionTransformerPreTrainedModel(PreTrainedModel):
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, ConnectionTransformerProjection):
-            init.orthogonal_(module.weight)
+            init.orthogonal_(module.weight, gain=module.gain)
         elif isinstance(module, tuple(CONNECTION_TYPES.values())):
             module.initialise()
 
@@ -1102,6 +1147,7 @@ def auxiliary_losses(
     expected_steps: torch.Tensor | None,
     share: torch.Tensor | float,
     step_cost_weight: float | None,
+    every_step: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """
     The parts of the loss besides the task's own.
@@ -1111,15 +1157,22 @@ def auxiliary_losses(
         expected_steps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): Soft step counts.
         share (`float` or `torch.Tensor` of shape `()`): Share of this micro-batch in the whole batch, in (0, 1].
         step_cost_weight (`float`, *optional*): Weight for this call, instead of the configuration's.
+        every_step (`bool`, *optional*, defaults to `False`): Whether the head reads an answer out after every step.
 
     Returns:
         Orthogonality penalty and step cost, both unweighted and scaled by `share`, and their weighted sum. The penalty
         is `None` if it has no weight and is not cheap, the step cost is `None` without `expected_steps`.
 
     Raises:
-        ValueError: the step cost has a weight, but `expected_steps` is `None`.
+        ValueError: the step cost has a weight, but `expected_steps` is `None`; or every step is to be supervised, but
+            the head reads out only the last.
     """
     config = model.config
+    if config.deep_supervision > 0 and not every_step:
+        raise ValueError(
+            f"deep_supervision={config.deep_supervision} needs an answer after every step, which only "
+            "ConnectionTransformerForMaskedLM gives"
+        )
     step_cost_weight = config.step_cost_weight if step_cost_weight is None else step_cost_weight
     connections = model.encoder.reasoning.step.connections
     weight = connections.source_weight
@@ -1514,9 +1567,9 @@ class ConnectionTransformerExpansion(nn.Module):
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__()
         self.scaling = config.hidden_size**-0.5
-        self.q_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = ConnectionTransformerProjection(config.hidden_size)
+        self.k_proj = ConnectionTransformerProjection(config.hidden_size)
+        self.v_proj = ConnectionTransformerProjection(config.hidden_size)
 
     def forward(self, token_states: torch.Tensor, slot_states: torch.Tensor) -> torch.Tensor:
         """
@@ -1582,6 +1635,42 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             self._tied_weights_keys = None  # the reader's embedding may have another width, and may be frozen
         self.post_init()
 
+    def read_out(self, token_states: torch.Tensor, slot_states: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of shape `(batch_size, sequence_length, vocab_size)` of what the slots say at the positions of the tokens.
+        """
+        return self.lm_head(self.dropout(self.expansion(token_states, slot_states)))
+
+    def summed_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of the labels at the first positions, summed, in float32 or better."""
+        predicted = logits[:, : labels.shape[1]]
+        return nn.functional.cross_entropy(
+            predicted.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
+            labels.flatten(),
+            ignore_index=-100,
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
+        )
+
+    @staticmethod
+    def right_answers(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Whether the most likely token is the label wherever there is one: shape `(batch_size,)`."""
+        predicted = logits[:, : labels.shape[1]].argmax(dim=-1)
+        return ((predicted == labels) | (labels == -100)).all(dim=1)
+
+    @staticmethod
+    def labels_of_steps(labels: torch.Tensor, step_labels: torch.Tensor | None, num_steps: int) -> torch.Tensor:
+        """What every step is to predict, step after step: shape `(num_steps * batch_size, target_length)`."""
+        if step_labels is None:
+            return labels.repeat(num_steps, 1)
+        if step_labels.ndim != 3 or step_labels[:, 0].shape != labels.shape:
+            raise ValueError(
+                f"step_labels must be of shape ({labels.shape[0]}, num_targets, {labels.shape[1]}) beside these labels, "
+                f"got {tuple(step_labels.shape)}"
+            )
+        places = torch.arange(num_steps, device=labels.device).clamp_max(step_labels.shape[1] - 1)
+        return step_labels.to(labels.device)[:, places].transpose(0, 1).flatten(0, 1)
+
     @can_return_tuple
     def forward(
         self,
@@ -1589,6 +1678,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        step_labels: torch.LongTensor | None = None,
         max_reasoning_steps: int | None = None,
         step_cost_weight: float | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -1600,13 +1690,21 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 The token to predict at each position, not shifted, -100 where there is none. Column t belongs to column
                 t of the source, padding included; `target_length` is at most `sequence_length`.
+            step_labels (`torch.LongTensor` of shape `(batch_size, num_targets, target_length)`, *optional*):
+                For deep supervision in training: the tokens to predict after each step in place of `labels`, -100
+                where there are none; the last ones hold for all later steps. Steps of an algorithm given so are called
+                hints (Veličković et al. 2022, arXiv:2205.15659, section 2).
 
         Returns:
             [`ConnectionTransformerClassifierOutput`].
 
         Raises:
-            ValueError: as the encoder does, or there are more labels than positions.
+            ValueError: as the encoder does, or there are more labels than positions, or the step labels are not of the
+                labels' batch and length.
         """
+        deep_supervision = self.config.deep_supervision if self.training and labels is not None else 0
+        if deep_supervision > 0:
+            kwargs |= {"output_hidden_states": True, "output_halting_measures": True}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1615,9 +1713,9 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             return_token_states=True,
             **kwargs,
         )
-        logits = self.lm_head(self.dropout(self.expansion(outputs.token_states, outputs.last_hidden_state)))
+        logits = self.read_out(outputs.token_states, outputs.last_hidden_state)
 
-        loss = cross_entropy = orthogonality = step_cost = None
+        loss = cross_entropy = orthogonality = step_cost = halting_loss = None
         if labels is not None:
             labels = labels.to(logits.device)
             if labels.shape[1] > logits.shape[1]:
@@ -1626,19 +1724,28 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
                     f"source, which has {logits.shape[1]}"
                 )
             num_labels = (labels != -100).sum()
-            predicted = logits[:, : labels.shape[1]]
-            cross_entropy = nn.functional.cross_entropy(
-                predicted.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
-                labels.flatten(),
-                ignore_index=-100,
-                label_smoothing=self.config.label_smoothing,
-                reduction="sum",
-            ) / (num_labels.clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+            cross_entropy = self.summed_cross_entropy(logits, labels)
             share = batch_share(labels.shape[0], num_labels, num_sequences_in_batch, num_items_in_batch)
+            if deep_supervision > 0:
+                step_states = outputs.hidden_states[1:]
+                step_logits = self.read_out(outputs.token_states.repeat(len(step_states), 1, 1), torch.cat(step_states))
+                every_step = self.summed_cross_entropy(
+                    step_logits, self.labels_of_steps(labels, step_labels, len(step_states))
+                )
+                if self.config.halting == "learned":
+                    right = self.right_answers(step_logits, labels.repeat(len(step_states), 1))
+                    wrong = torch.cat(outputs.halting_measures)
+                    halting_loss = nn.functional.binary_cross_entropy(wrong, 1 - right.to(wrong.dtype)) * share
+                cross_entropy = torch.lerp(cross_entropy, every_step / len(step_states), float(deep_supervision))
+            cross_entropy = cross_entropy / (
+                num_labels.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+            )
             orthogonality, step_cost, auxiliary = auxiliary_losses(
-                self.model, outputs.expected_steps, share, step_cost_weight
+                self.model, outputs.expected_steps, share, step_cost_weight, every_step=True
             )
             loss = cross_entropy + auxiliary
+            if halting_loss is not None:
+                loss = loss + self.config.halting_loss_weight * halting_loss
         return ConnectionTransformerClassifierOutput(
             loss=loss,
             logits=logits,
@@ -1651,6 +1758,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             cross_entropy_loss=cross_entropy,
             orthogonality_loss=orthogonality,
             step_cost_loss=step_cost,
+            halting_loss=halting_loss,
         )
 
 

@@ -76,6 +76,7 @@ class TestConnectionTransformer(ModelTests):
         ({"num_slots": 1}, "num_slots"),
         ({"connection_type": "full"}, "connection_type"),
         ({"initial_update_ratio": 0}, "initial_update_ratio=0"),
+        ({"halting": "learned"}, "halting='learned'.*deep_supervision must be above 0"),
     ]
 
     zero_gradient = {r"_attn\.k_proj\.bias$": "adds the same to all scores of a query, which the softmax takes away"}
@@ -591,6 +592,7 @@ DYNAMICS = {
     "own norms": {"share_step_norm": False},
     "original": {"share_step_norm": False, "inject_input": False, "halting": "update_norm"},
     "scaled": {"update_scale": 0.3, "halting_temperature": 0.5},
+    "slot_change": {"halting": "slot_change"},
     "per_pair": {"connection_type": "per_pair"},
     "original per_pair": {
         "connection_type": "per_pair",
@@ -658,6 +660,8 @@ def plain_reasoning(model, initial_states):
         candidates, updates = torch.stack(candidates), torch.stack(updates)
         if config.halting == "state_change":
             measure = ((candidates - states) ** 2).sum().sqrt() / (candidates**2).sum().sqrt()
+        elif config.halting == "slot_change":
+            measure = max(((candidates[j] - states[j]) ** 2).sum().sqrt() / candidates[j].norm() for j in slots)
         else:
             measure = max((update**2).sum().sqrt() for update in updates)
         states = candidates
@@ -1280,8 +1284,14 @@ def test_original_start_overwrites_the_state_at_the_base_size():
 @pytest.mark.parametrize("connection_type", ["scalar", "per_pair", "block", "diagonal"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"share_step_norm": False}, {"tie_word_embeddings": False}, {"num_labels": 5}],
-    ids=["default", "own norms", "untied", "labels"],
+    [
+        {},
+        {"share_step_norm": False},
+        {"tie_word_embeddings": False},
+        {"num_labels": 5},
+        {"halting": "learned", "deep_supervision": 1},
+    ],
+    ids=["default", "own norms", "untied", "labels", "learned halting"],
 )
 def test_number_of_trainable_parameters(connection_type, options):
     config = small_config(connection_type=connection_type, **options)
@@ -1480,6 +1490,168 @@ def test_answers_at_the_sources_positions():
         model(**(batch | {"labels": torch.zeros(12, 9, dtype=torch.long)}))
     with pytest.raises(ValueError, match="vocab_size=40 and decoder_vocab_size=23"):
         small_model(ConnectionTransformerForMaskedLM, tie_word_embeddings=False, decoder_vocab_size=23)
+
+
+SUPERVISED = {"deep_supervision": 0.75, "connection_type": "diagonal"}
+
+
+def answers_of_steps(model, batch):
+    """Logits that the model gives when it is stopped after each step, of shape `(steps, batch, length, vocabulary)`."""
+    halting, model.config.halting = model.config.halting, "none"
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    steps = range(1, model.config.max_reasoning_steps + 1)
+    logits = torch.stack([model.eval()(**source, max_reasoning_steps=bound).logits for bound in steps])
+    model.config.halting = halting
+    return logits
+
+
+@pytest.mark.parametrize("halting", ["state_change", "slot_change", "none"])
+def test_deep_supervision_is_a_mean_over_the_steps(halting):
+    model, batch = small_model(ConnectionTransformerForMaskedLM, halting=halting, **SUPERVISED), random_batch()
+    model.double()
+    if halting != "none":
+        spread_threshold(model, batch)
+    logits = answers_of_steps(model, batch)[:, :, :4]
+    expected = [torch.nn.functional.cross_entropy(step.flatten(0, 1), batch["labels"].flatten()) for step in logits]
+    expected = 0.75 * torch.stack(expected).mean() + 0.25 * expected[-1]
+    loss = model.train()(**batch).cross_entropy_loss
+    torch.testing.assert_close(loss, expected)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = [
+        torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True) for value in (loss, expected)
+    ]
+    for name, one, other in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+    # At inference nothing is supervised, and samples stop.
+    assert model.eval()(**batch).hidden_states is None
+    if halting != "none":
+        assert len(set(model(**batch).reasoning_steps.tolist())) > 1
+
+
+def test_step_labels_take_the_place_of_the_labels():
+    model, batch = small_model(ConnectionTransformerForMaskedLM, **SUPERVISED).double(), random_batch()
+    # Two rows of targets for five steps: the second holds from the second step on; nothing is told about some.
+    step_labels = torch.stack([(batch["labels"] * 7 + 1) % 40, batch["labels"]], dim=1)
+    step_labels[batch["labels"].eq(-100)[:, None].expand_as(step_labels)] = -100
+    step_labels[::2, 0] = -100
+    logits = answers_of_steps(model, batch)[:, :, :4]
+    total, count = 0, batch["labels"].ne(-100).sum()
+    for step, answer in enumerate(logits):
+        labels = step_labels[:, min(step, 1)].flatten()
+        total = total + torch.nn.functional.cross_entropy(answer.flatten(0, 1), labels, reduction="sum") / count
+    last = torch.nn.functional.cross_entropy(logits[-1].flatten(0, 1), batch["labels"].flatten())
+    loss = model.train()(**batch, step_labels=step_labels).cross_entropy_loss
+    torch.testing.assert_close(loss, 0.75 * total / 5 + 0.25 * last)
+    for wrong in (batch["labels"], step_labels[:, :, :3], step_labels[:5]):
+        with pytest.raises(ValueError, match=r"step_labels must be of shape \(12, num_targets, 4\)"):
+            model(**batch, step_labels=wrong)
+
+
+def test_learned_halting():
+    """The head learns whether the answer after each step is right, and the slots learn nothing from it."""
+    model = small_model(ConnectionTransformerForMaskedLM, halting="learned", **SUPERVISED).double()
+    batch = random_batch()
+    logits = answers_of_steps(model, batch)
+    # Some answers are made right, and some only at the end.
+    batch["labels"] = logits[-1, :, :4].argmax(-1).masked_fill(batch["labels"] == -100, -100)
+    batch["labels"][::3, 0] = 39
+    given = batch["labels"] != -100
+    right = ((logits[:, :, :4].argmax(-1) == batch["labels"]) | ~given).all(-1)
+    assert 0 < right.float().mean() < 1
+    measures = torch.stack(model(**batch, output_halting_measures=True).halting_measures)
+    outputs = model.train()(**batch)
+    expected = torch.nn.functional.binary_cross_entropy(torch.stack(outputs.halting_measures), 1 - right.double())
+    torch.testing.assert_close(outputs.halting_loss, expected)
+    torch.testing.assert_close(outputs.loss, outputs.cross_entropy_loss + 0.5 * expected)
+    gradients = {
+        name: gradient
+        for name, gradient in zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(outputs.halting_loss, model.parameters(), allow_unused=True),
+            strict=True,
+        )
+        if gradient is not None
+    }
+    assert set(gradients) == {name for name, _ in model.named_parameters() if "halting_head" in name}
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    # Where no sample has stopped yet, training and inference estimate the same.
+    torch.testing.assert_close(measures[0], outputs.halting_measures[0])
+
+
+@pytest.mark.parametrize("connection_type", ["scalar", "diagonal"])
+def test_learned_halting_is_the_same_alone_in_a_batch_and_padded(connection_type):
+    settings = {"halting": "learned", "deep_supervision": 1, "connection_type": connection_type}
+    model, batch = small_model(ConnectionTransformerForMaskedLM, **settings), random_batch()
+    spread_threshold(model, batch)
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        compacted, masked = model(**source), model(**source, output_hidden_states=True)
+        assert len(set(compacted.reasoning_steps.tolist())) > 1
+        assert torch.equal(masked.reasoning_steps, compacted.reasoning_steps)
+        torch.testing.assert_close(masked.logits, compacted.logits, rtol=1e-5, atol=1e-5)
+        for row in range(12):
+            length = int(source["attention_mask"][row].sum())
+            for place in (slice(row, row + 1), slice(None, length)):
+                ids = source["input_ids"][row : row + 1, :length] if place.start is None else None
+                alone = model(input_ids=ids) if ids is not None else model(**rows_of(source, place))
+                assert alone.reasoning_steps.item() == compacted.reasoning_steps[row]
+                torch.testing.assert_close(
+                    alone.logits[0, :length], compacted.logits[row, :length], rtol=1e-5, atol=1e-5
+                )
+
+
+def test_deep_supervision_adds_up_over_micro_batches():
+    settings = SUPERVISED | {"halting": "learned", "step_cost_weight": 0.3}
+    model, batch = small_model(ConnectionTransformerForMaskedLM, **settings).double().train(), random_batch()
+    spread_threshold(model, batch)
+    batch["labels"] = batch["labels"].where(
+        torch.arange(12)[:, None] % 2 == 0, model.eval()(**batch).logits[:, :4].argmax(-1)
+    )
+    model.train()
+    names = ("loss", "cross_entropy_loss", "halting_loss", "step_cost_loss")
+    whole = model(**batch)
+    parts = [
+        model(
+            **rows_of(batch, rows),
+            num_items_in_batch=batch["labels"].ne(-100).sum(),
+            num_sequences_in_batch=torch.tensor(12),
+        )
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 12))
+    ]
+    for name in names:
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "model_class", [ConnectionTransformerForConditionalGeneration, ConnectionTransformerForSequenceClassification]
+)
+def test_heads_that_answer_once_refuse_deep_supervision(model_class):
+    model, batch = small_model(model_class, deep_supervision=0.5), random_batch()
+    if model_class is ConnectionTransformerForSequenceClassification:
+        batch["labels"] = torch.arange(12) % 2
+    with pytest.raises(ValueError, match="deep_supervision=0.5 needs an answer after every step"):
+        model(**batch)
+
+
+def test_initial_gain_of_the_compression():
+    """A larger gain sends every token to fewer slots."""
+    entropies = []
+    for gain in (1, 8):
+        torch.manual_seed(0)
+        model = ConnectionTransformerForMaskedLM(small_config(initial_compression_gain=gain, num_slots=16)).eval()
+        compression = model.model.encoder.compression
+        for projection, size in ((compression.q_proj, gain), (compression.k_proj, 1), (compression.v_proj, 1)):
+            values = torch.linalg.svdvals(projection.weight)
+            torch.testing.assert_close(values, torch.full_like(values, size))
+        ids = torch.arange(3, 19)[:, None]
+        weights = (
+            compression.q_proj((model.model.encoder.embed_tokens(ids) + model.model.encoder.embed_positions(ids)) * 4)
+            @ compression.k_proj(compression.slots).T
+            / 4
+        )
+        chances = weights.softmax(-1)
+        entropies.append((-chances * chances.log()).sum(-1).mean().item())
+    assert entropies[1] < 0.6 * entropies[0]
 
 
 def test_initial_weights():

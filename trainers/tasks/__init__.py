@@ -11,6 +11,7 @@
 | `commongen` | CommonGen | concepts -> sentence | ROUGE-L |
 | `eli5` | ELI5 | question -> long answer | ROUGE-L |
 | `pointer_chase` | generated | number of hops, start, function table -> end of the chase | accuracy |
+| `flood_fill` | generated | map with walls and a start -> which cells can be reached | accuracy |
 | `columns` | any | named columns -> answer | exact match, number, choice or ROUGE-L |
 | `mixture` | several of these | theirs | theirs |
 | a path ending in `.py` | a task of your own | see README.md in this folder | |
@@ -28,6 +29,7 @@ from .columns import Columns
 from .commongen import CommonGen
 from .commonsenseqa import CommonsenseQA
 from .eli5 import ELI5
+from .flood_fill import FloodFill
 from .gsm8k import GSM8K
 from .loading import Row, StoredTask
 from .logiqa import LogiQA
@@ -49,6 +51,7 @@ TASKS: dict[str, type[Task]] = {
         CommonGen,
         ELI5,
         PointerChase,
+        FloodFill,
         Columns,
         Mixture,
     )
@@ -113,6 +116,7 @@ __all__ = [
     "CommonGen",
     "CommonsenseQA",
     "Example",
+    "FloodFill",
     "LogiQA",
     "Mixture",
     "MultiNLI",

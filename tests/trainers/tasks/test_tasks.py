@@ -17,6 +17,7 @@ POINTER_CHASE = {"num_train": 200, "num_validation": 20, "num_test": 20}
 
 OPTIONS = {
     "pointer_chase": POINTER_CHASE,
+    "flood_fill": POINTER_CHASE,
     "columns": COLUMNS,
     "mixture": {
         "components": [
@@ -281,7 +282,7 @@ def test_every_argument_has_help():
             {"name": "gsm8"},
             "task.name: unknown task 'gsm8'; did you mean 'gsm8k'?; "
             "known tasks: strategyqa, logiqa, gsm8k, commonsenseqa, arc_easy, arc_challenge, multinli, commongen, "
-            "eli5, pointer_chase, columns, mixture",
+            "eli5, pointer_chase, flood_fill, columns, mixture",
         ),
         (
             {"name": "gsm8k", "options": {"taget": "answer"}},
