@@ -46,11 +46,12 @@ class AdaptiveReasoningTrainer(RunTrainer):
     - **Step cost.** Its weight follows a schedule over the update steps: 0 until `step_cost_start`, then a linear ramp
       of length `step_cost_ramp` up to the configuration's `step_cost_weight`. It depends on the step alone, so a
       resumed run continues it exactly.
-    - **Evaluation.** `evaluate` and `predict` generate, or with a model without a decoder take what its one forward pass
-      predicts at the positions of the input, up to the first end-of-sequence token: `predictions` is the tuple `(tokens, steps)` with the generated
-      tokens `(examples, length)` padded with -100, and the reasoning steps of each example `(examples,)`, or -1 for a
-      model without steps. Nothing is teacher-forced except `eval_loss`, the mean cross-entropy of all targets of the
-      split, whatever the batches and processes they were spread over (the library's is a mean of batch means).
+    - **Evaluation.** `evaluate` and `predict` generate; of a model without a decoder they take what one forward pass
+      predicts at the positions of the input, up to the first end-of-sequence token. `predictions` is the tuple
+      `(tokens, steps)` with the answers' tokens `(examples, length)` padded with -100, and the reasoning steps of each
+      example `(examples,)`, or -1 for a model without steps. Nothing is teacher-forced except `eval_loss`, the mean
+      cross-entropy of all targets of the split, whatever the batches and processes they were spread over (the library's
+      is a mean of batch means).
 
     Args:
         generation_kwargs (`dict`, *optional*):

@@ -209,7 +209,7 @@ def draw(numbers: dict[str, Any]) -> "Figure":
     figure = new_figure(15, 4.6)
     accuracy, difficulty, duration = figure.subplots(1, 3)
     for index, curve in enumerate(numbers["runs"]):
-        label = lambda text, index=index: text if index == 0 else None
+        first = index == 0
         for entries, colour, style, text in (
             (curve["cut_off"], COLOURS[1], "--", "the same weights, cut off at K"),
             (curve["adaptive"], COLOURS[0], "-", "stopping rule, several thresholds"),
@@ -217,13 +217,15 @@ def draw(numbers: dict[str, Any]) -> "Figure":
             entries = sorted(entries, key=lambda entry: entry["mean_steps"])
             places = [entry["mean_steps"] for entry in entries]
             values = [entry["accuracy"]["value"] for entry in entries]
-            accuracy.plot(places, values, f".{style}", color=colour, alpha=0.6, linewidth=1, label=label(text))
+            accuracy.plot(
+                places, values, f".{style}", color=colour, alpha=0.6, linewidth=1, label=text if first else None
+            )
             times = [entry["milliseconds_per_example"] for entry in entries]
-            duration.plot(places, times, ".", color=colour, alpha=0.7, label=label(text))
+            duration.plot(places, times, ".", color=colour, alpha=0.7, label=text if first else None)
         point = chosen(curve)
         accuracy.plot(
             point["mean_steps"], point["accuracy"]["value"], MARKERS[2], color=COLOURS[0], markersize=8,
-            label=label("stopping rule, threshold of the recipe"),
+            label="stopping rule, threshold of the recipe" if first else None,
         )  # fmt: skip
         levels = point["by_difficulty"]
         places = np.array([level["difficulty"] for level in levels]) + 0.08 * (index - (len(numbers["runs"]) - 1) / 2)

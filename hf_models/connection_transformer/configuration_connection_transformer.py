@@ -73,17 +73,16 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             What is compared with `halting_threshold` after each step. `"state_change"`: per sample, the norm of the
             state's change relative to the norm of the new state, over all slots and channels. `"slot_change"`: the same
             of each slot alone, the largest over the sample's slots, so that it stays large as long as a single slot
-            still changes, however many there are. `"update_norm"`: per
-            sample, the largest norm over its slots of the update before the LayerNorm. `"global_update_norm"`: the
-            same, largest over the whole batch, so that **a sample's result depends on its batch**; it exists for
-            parity with the original implementation. `"learned"`: per sample, the probability that the answer read out
-            after the step is wrong, as a small head estimates it from the slots and their change; it learns this from the answers of
-            all steps, so it needs `deep_supervision`. A halting head trained on whether the answer is right is the
-            one of the hierarchical reasoning model (Wang et al. 2025, arXiv:2506.21734, section 2), without its
-            reinforcement learning. `"none"`: every sample takes K steps.
+            still changes, however many there are. `"update_norm"`: per sample, the largest norm over its slots of the
+            update before the LayerNorm. `"global_update_norm"`: the same, largest over the whole batch, so that **a
+            sample's result depends on its batch**; it exists for parity with the original implementation.
+            `"learned"`: per sample, the probability that the answer read out after the step is wrong, as a small head
+            estimates it from the slots and their change; it learns this from the answers of all steps, so it needs
+            `deep_supervision`. A head that learns whether the answer is right stops the hierarchical reasoning model
+            too (Wang et al. 2025, arXiv:2506.21734, section 2). `"none"`: every sample takes K steps.
         halting_threshold (`float`, *optional*, defaults to 0.1):
-            A sample stops after the first step whose measure is at most this (τ). A ratio for the two rules of change, a probability for `"learned"`, a norm
-            for the update rules.
+            A sample stops after the first step whose measure is at most this (τ). A ratio for the rules of change, a
+            probability for `"learned"`, a norm for the update rules.
         halting_temperature (`float`, *optional*, defaults to 1.0):
             Width of the soft step count, in units of the logarithm of the measure (Θ); towards 0 it becomes the hard
             count.

@@ -1636,9 +1636,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         self.post_init()
 
     def read_out(self, token_states: torch.Tensor, slot_states: torch.Tensor) -> torch.Tensor:
-        """
-        Logits of shape `(batch_size, sequence_length, vocab_size)` of what the slots say at the positions of the tokens.
-        """
+        """What the slots say at the positions of the tokens: `(batch_size, sequence_length, vocab_size)` logits."""
         return self.lm_head(self.dropout(self.expansion(token_states, slot_states)))
 
     def summed_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1665,8 +1663,8 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             return labels.repeat(num_steps, 1)
         if step_labels.ndim != 3 or step_labels[:, 0].shape != labels.shape:
             raise ValueError(
-                f"step_labels must be of shape ({labels.shape[0]}, num_targets, {labels.shape[1]}) beside these labels, "
-                f"got {tuple(step_labels.shape)}"
+                f"step_labels must be of shape ({labels.shape[0]}, num_targets, {labels.shape[1]}) beside these "
+                f"labels, got {tuple(step_labels.shape)}"
             )
         places = torch.arange(num_steps, device=labels.device).clamp_max(step_labels.shape[1] - 1)
         return step_labels.to(labels.device)[:, places].transpose(0, 1).flatten(0, 1)

@@ -1629,7 +1629,7 @@ def test_heads_that_answer_once_refuse_deep_supervision(model_class):
     model, batch = small_model(model_class, deep_supervision=0.5), random_batch()
     if model_class is ConnectionTransformerForSequenceClassification:
         batch["labels"] = torch.arange(12) % 2
-    with pytest.raises(ValueError, match="deep_supervision=0.5 needs an answer after every step"):
+    with pytest.raises(ValueError, match=r"deep_supervision=0\.5 needs an answer after every step"):
         model(**batch)
 
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from hf_models.connection_transformer import ConnectionTransformerConfig, ConnectionTransformerForConditionalGeneration
+from hf_models.connection_transformer import (
+    ConnectionTransformerConfig,
+    ConnectionTransformerForConditionalGeneration,
+    ConnectionTransformerForMaskedLM,
+)
 from hf_models.vanilla_transformer import VanillaTransformerConfig, VanillaTransformerForConditionalGeneration
 from trainers.adaptive_reasoning_trainer import AdaptiveReasoningTrainer, ReasoningTrainingArguments
 from trainers.errors import UserError
@@ -238,3 +242,36 @@ def test_last_complete_checkpoint_drops_unfinished_ones(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+def test_a_model_without_a_decoder_answers_in_one_pass(tmp_path, tokenizer):
+    """Predictions are the most likely tokens up to the end, the loss a mean over targets, steps those of the model."""
+    config = connection_model(tokenizer, halting="learned", deep_supervision=1, halting_threshold=0.5).config
+    set_seed(1)
+    model = ConnectionTransformerForMaskedLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=3)
+    # Positions of the input are those of the answer, so targets are no longer than sources.
+    data = [row | {"labels": row["labels"][: len(row["input_ids"])]} for row in features(9, seed=2)]
+    trainer = make_trainer(tmp_path, model, tokenizer, data=data, per_device_eval_batch_size=4)
+    output = trainer.predict(data)
+    tokens, steps = output.predictions
+    total = count = 0
+    for index, row in enumerate(data):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([row["input_ids"]]))
+        expected = []
+        for token in alone.logits[0].argmax(-1).tolist():
+            expected.append(token)
+            if token == config.eos_token_id:
+                break
+        own = [token for token in tokens[index][: len(row["input_ids"])].tolist() if token != -100]
+        assert own == [token for token in expected if token != config.pad_token_id]
+        assert steps[index] == alone.reasoning_steps.item()
+        labels = torch.tensor(row["labels"])
+        total += torch.nn.functional.cross_entropy(alone.logits[0, : len(labels)], labels, reduction="sum").item()
+        count += len(labels)
+    assert output.metrics["test_loss"] == pytest.approx(total / count, rel=1e-5)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["loss"] == pytest.approx(entry["cross_entropy"] + 0.5 * entry["halting"], rel=1e-5)

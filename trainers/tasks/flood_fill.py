@@ -41,9 +41,9 @@ class FloodFillOptions:
     step_targets: Literal["answer", "settled", "rounds"] = field(
         default="answer",
         metadata={
-            "help": "What a model with deep supervision learns to say after its t-th step. answer: the answer; settled: "
-            "the answer from the step on at which t rounds of the flood have found it, and nothing before; rounds: what "
-            "t rounds have reached."
+            "help": "What a model with deep supervision learns to say after its t-th step. answer: the answer; "
+            "settled: the answer from the step on at which t rounds of the flood have found it, and nothing before; "
+            "rounds: what t rounds have reached."
         },
     )
     num_train: int = field(default=20000, metadata={"help": "Training examples."})
@@ -216,12 +216,13 @@ class FloodFill(Task):
                 return Maps(walls, starts), reached, wanted
         level = next(level for level, places in missing.items() if places)
         raise UserError(
-            f"task.options: among {PATIENCE * CANDIDATES} maps of {options.height} x {options.width} cells too few have "
-            f"their farthest reachable cell at a distance of {level}; lower max_distance or change the share of walls"
+            f"task.options: among {PATIENCE * CANDIDATES} maps of {options.height} x {options.width} cells too few "
+            f"have their farthest reachable cell at a distance of {level}; lower max_distance or change the share of "
+            "walls"
         )
 
     def instance(self, split: str, index: int) -> tuple[np.ndarray, int, np.ndarray, int]:
-        """Walls `(height, width)`, the start's cell, reached cells `(height, width)`, and the farthest one's distance."""
+        """Walls `(height, width)`, the start's cell, reached cells `(height, width)`, the farthest one's distance."""
         number, place = divmod(index, BLOCK)
         maps, reached, distances = self._block(split, number)
         return maps.walls[place], int(maps.starts[place]), reached[place], int(distances[place])

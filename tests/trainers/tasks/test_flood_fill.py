@@ -109,9 +109,9 @@ def test_what_cannot_be_generated(monkeypatch):
     monkeypatch.setattr("trainers.tasks.flood_fill.PATIENCE", 2)
     with pytest.raises(UserError, match="too few have their farthest reachable cell at a distance of 24"):
         fill(min_distance=24, max_distance=24).rows("train")[0]
-    with pytest.raises(UserError, match="task.max_target_length: 25, but a map of 25 cells needs 26 tokens"):
+    with pytest.raises(UserError, match=r"task\.max_target_length: 25, but a map of 25 cells needs 26 tokens"):
         make_task("flood_fill", options=SIZES, max_target_length=25)
-    with pytest.raises(UserError, match="task.data_dir: flood_fill is generated"):
+    with pytest.raises(UserError, match=r"task\.data_dir: flood_fill is generated"):
         make_task("flood_fill", data_dir="data")
 
 
