@@ -1,6 +1,5 @@
 """Flood fill: mark what can be reached on a small map. Generated, with a known number of needed steps."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
@@ -18,6 +17,7 @@ REACHED, NOT_REACHED = "+", "-"
 # Examples are made in blocks; a block is a function of the options, the split and its number.
 BLOCK = 512
 CANDIDATES = 8192
+KEPT_BLOCKS = 4
 # A block is given up after so many rounds of candidates without a map of a wanted distance.
 PATIENCE = 200
 # Share of all maps that belong to a split, in tenths; the map itself decides which.
@@ -154,7 +154,7 @@ class FloodFill(Task):
                     f"task.{name}: {getattr(self.arguments, name)}, but a map of {self.num_cells} cells needs "
                     f"{self.num_cells + 1} tokens"
                 )
-        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        self._blocks: dict[tuple[str, int], tuple[Maps, np.ndarray, np.ndarray]] = {}
 
     def default_arguments(self) -> dict[str, Any]:
         cells = self.options.height * self.options.width
@@ -188,6 +188,14 @@ class FloodFill(Task):
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(10)).astype(np.int64)
+
+    def _block(self, split: str, number: int) -> tuple[Maps, np.ndarray, np.ndarray]:
+        """[`_make_block`], with the last few blocks kept."""
+        if (split, number) not in self._blocks:
+            if len(self._blocks) == KEPT_BLOCKS:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[split, number] = self._make_block(split, number)
+        return self._blocks[split, number]
 
     def _make_block(self, split: str, number: int) -> tuple[Maps, np.ndarray, np.ndarray]:
         """The maps of one block, the cells that are reached, and the distances; place p has the p-th distance."""
@@ -270,7 +278,8 @@ class FloodFill(Task):
         right = {name: sum(rule(example) == example.answer for example in train) for name, rule in rules.items()}
         best = max(right, key=right.__getitem__)
         return TrivialPredictor(
-            name=f"{best}; best of {len(rules)} rules on {len(train)} training examples", predict=rules[best]
+            name=f"{best}; best of {len(rules)} rules on {len(train)} examples of the training split",
+            predict=rules[best],
         )
 
     def read_prompt(self, prompt: str) -> Maps:
