@@ -3,10 +3,11 @@
     python -m trainers.adaptivity RUN [RUN ...] --fixed RUN [RUN ...] --output_dir DIR
     python -m trainers.adaptivity RUN --task_options '{min_distance: 9, max_distance: 12}' --bound 20 --output_dir DIR
 
-Each RUN is the folder of a run that answers in one pass. Its model is measured on the test split with its stopping rule
-at several thresholds, and with the rule off at every number of steps up to the bound (the same weights, cut off).
-`--fixed` names runs that were also trained with a fixed number of steps. Written are `adaptivity.json` and
-`adaptivity.png`: accuracy against mean steps, steps against difficulty, time against mean steps.
+Each RUN is the folder of a run that answers in one pass. Its model is measured on the different questions of the test
+split, each counted once: with its stopping rule at several thresholds, and with the rule off at every number of steps
+up to the bound (the same weights, cut off). `--fixed` names runs that were trained with a fixed number of steps.
+Written are `adaptivity.json` and `adaptivity.png`: accuracy against mean steps, steps against difficulty, time against
+mean steps.
 """
 
 import sys
@@ -85,7 +86,8 @@ class OnePassModel:
         # The lengths follow from the options again.
         arguments["max_source_length"] = arguments["max_target_length"] = None
         self.task: Task = get_task(TaskArguments(**arguments))
-        self.examples: list[Example] = list(self.task.rows("test"))
+        # A map may have been drawn twice: what a share of examples tells is about different ones.
+        self.examples: list[Example] = list({example.prompt: example for example in self.task.rows("test")}.values())
         if any(not isinstance(example.difficulty, int) for example in self.examples):
             raise UserError(f"{run}: the examples of {self.task.name} have no number for their difficulty")
         self.difficulty = np.array([example.difficulty for example in self.examples])
@@ -292,7 +294,7 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a run with a stopping rule.")
     parser.add_argument("--fixed", nargs="+", type=Path, default=[], metavar="RUN", help="Runs with a fixed number.")
     parser.add_argument(
-        "--thresholds", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], metavar="VALUE",
+        "--thresholds", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7], metavar="VALUE",
         help="Thresholds of the stopping rule beside the recipe's own.",
     )  # fmt: skip
     parser.add_argument("--bound", type=int, help="Most steps; default is the run's max_reasoning_steps.")

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
-from .base import Example, Score, Task, TaskArguments, TrivialPredictor, check_split
+from .base import Example, Score, SplitReport, Task, TaskArguments, TrivialPredictor, check_split
 from .tokenization import word_level
 
 WALL, OPEN, START = "#", ".", "S"
@@ -177,6 +177,10 @@ class FloodFill(Task):
         check_split(split)
         size = getattr(self.options, f"num_{split}")
         return _Rows(self, split, min(size, self.arguments.max_samples(split) or size))
+
+    def report(self, split: str) -> SplitReport:
+        rows = self.rows(split)
+        return SplitReport(examples=len(rows), repeated=len(rows) - len({example.prompt for example in rows}))
 
     def split_of(self, maps: Maps) -> np.ndarray:
         """In which tenth of all maps each lies, `(maps,)` in [0, 10): a hash of walls and start, chosen by the seed."""
