@@ -78,7 +78,9 @@ class OnePassModel:
     def __init__(self, run: Path, task_options: dict[str, Any], batch_size: int):
         record = read_record(run / "recipe.yaml")
         self.run, self.batch_size = run, batch_size
-        self.model, self.tokenizer = load_model(str(run), device="cpu")
+        self.model, tokenizer = load_model(str(run), device="cpu")
+        assert tokenizer is not None  # needed by default
+        self.tokenizer = tokenizer
         if not type(self.model).__name__.endswith("ForMaskedLM") or not hasattr(self.model.config, "halting"):
             raise UserError(f"{run}: a {type(self.model).__name__} does not answer in one pass with a stopping rule")
         arguments = dict(record["task"])
@@ -157,7 +159,7 @@ def at_equal_steps(curve: Sequence[dict[str, Any]], mean_steps: float) -> float 
     points = sorted((entry["mean_steps"], entry["accuracy"]["value"]) for entry in curve)
     if not points or not points[0][0] <= mean_steps <= points[-1][0]:
         return None
-    return float(np.interp(mean_steps, *zip(*points, strict=True)))
+    return float(np.interp(mean_steps, [steps for steps, _ in points], [value for _, value in points]))
 
 
 def report(
@@ -230,12 +232,14 @@ def draw(numbers: dict[str, Any]) -> "Figure":
             label="stopping rule, threshold of the recipe" if first else None,
         )  # fmt: skip
         levels = point["by_difficulty"]
-        places = np.array([level["difficulty"] for level in levels]) + 0.08 * (index - (len(numbers["runs"]) - 1) / 2)
+        levels_at = np.array([level["difficulty"] for level in levels]) + 0.08 * (
+            index - (len(numbers["runs"]) - 1) / 2
+        )
         means = np.array([level["mean_steps"] for level in levels])
         spread = np.array([[level["low_steps"], level["high_steps"]] for level in levels]).T
         correlation = point["steps_and_difficulty"]["value"]
         difficulty.errorbar(
-            places, means, yerr=np.clip([means - spread[0], spread[1] - means], 0, None),
+            levels_at, means, yerr=np.clip([means - spread[0], spread[1] - means], 0, None),
             fmt=f"{MARKERS[index % len(MARKERS)]}-", color=COLOURS[index % len(COLOURS)], capsize=2, linewidth=1,
             label=f"{curve['run']}: Spearman " + ("undefined" if correlation is None else f"{correlation:.2f}"),
         )  # fmt: skip

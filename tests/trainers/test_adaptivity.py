@@ -119,6 +119,6 @@ def test_mistakes_are_told_in_one_line(runs, tmp_path, arguments, message, capsy
 
 def test_other_models_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.adaptivity.read_record", lambda path: {})
-    monkeypatch.setattr("trainers.adaptivity.load_model", lambda *args, **options: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr("trainers.adaptivity.load_model", lambda *args, **options: (torch.nn.Linear(1, 1), object()))
     with pytest.raises(UserError, match="a Linear does not answer in one pass with a stopping rule"):
         OnePassModel(tmp_path, {}, 8)
