@@ -1657,17 +1657,17 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         return ((predicted == labels) | (labels == -100)).all(dim=1)
 
     @staticmethod
-    def labels_of_steps(labels: torch.Tensor, step_labels: torch.Tensor | None, num_steps: int) -> torch.Tensor:
+    def labels_of_steps(labels: torch.Tensor, step_targets: torch.Tensor | None, num_steps: int) -> torch.Tensor:
         """What every step is to predict, step after step: shape `(num_steps * batch_size, target_length)`."""
-        if step_labels is None:
+        if step_targets is None:
             return labels.repeat(num_steps, 1)
-        if step_labels.ndim != 3 or step_labels[:, 0].shape != labels.shape:
+        if step_targets.ndim != 3 or step_targets[:, 0].shape != labels.shape:
             raise ValueError(
-                f"step_labels must be of shape ({labels.shape[0]}, num_targets, {labels.shape[1]}) beside these "
-                f"labels, got {tuple(step_labels.shape)}"
+                f"step_targets must be of shape ({labels.shape[0]}, num_targets, {labels.shape[1]}) beside these "
+                f"labels, got {tuple(step_targets.shape)}"
             )
-        places = torch.arange(num_steps, device=labels.device).clamp_max(step_labels.shape[1] - 1)
-        return step_labels.to(labels.device)[:, places].transpose(0, 1).flatten(0, 1)
+        places = torch.arange(num_steps, device=labels.device).clamp_max(step_targets.shape[1] - 1)
+        return step_targets.to(labels.device)[:, places].transpose(0, 1).flatten(0, 1)
 
     @can_return_tuple
     def forward(
@@ -1676,7 +1676,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        step_labels: torch.LongTensor | None = None,
+        step_targets: torch.LongTensor | None = None,
         max_reasoning_steps: int | None = None,
         step_cost_weight: float | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -1688,7 +1688,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 The token to predict at each position, not shifted, -100 where there is none. Column t belongs to column
                 t of the source, padding included; `target_length` is at most `sequence_length`.
-            step_labels (`torch.LongTensor` of shape `(batch_size, num_targets, target_length)`, *optional*):
+            step_targets (`torch.LongTensor` of shape `(batch_size, num_targets, target_length)`, *optional*):
                 For deep supervision in training: the tokens to predict after each step in place of `labels`, -100
                 where there are none; the last ones hold for all later steps. Steps of an algorithm given so are called
                 hints (Veličković et al. 2022, arXiv:2205.15659, section 2).
@@ -1697,7 +1697,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             [`ConnectionTransformerClassifierOutput`].
 
         Raises:
-            ValueError: as the encoder does, or there are more labels than positions, or the step labels are not of the
+            ValueError: as the encoder does, or there are more labels than positions, or the step targets are not of the
                 labels' batch and length.
         """
         deep_supervision = self.config.deep_supervision if self.training and labels is not None else 0
@@ -1728,7 +1728,7 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
                 step_states = outputs.hidden_states[1:]
                 step_logits = self.read_out(outputs.token_states.repeat(len(step_states), 1, 1), torch.cat(step_states))
                 every_step = self.summed_cross_entropy(
-                    step_logits, self.labels_of_steps(labels, step_labels, len(step_states))
+                    step_logits, self.labels_of_steps(labels, step_targets, len(step_states))
                 )
                 if self.config.halting == "learned":
                     right = self.right_answers(step_logits, labels.repeat(len(step_states), 1))

@@ -1528,23 +1528,23 @@ def test_deep_supervision_is_a_mean_over_the_steps(halting):
         assert len(set(model(**batch).reasoning_steps.tolist())) > 1
 
 
-def test_step_labels_take_the_place_of_the_labels():
+def test_step_targets_take_the_place_of_the_labels():
     model, batch = small_model(ConnectionTransformerForMaskedLM, **SUPERVISED).double(), random_batch()
     # Two rows of targets for five steps: the second holds from the second step on; nothing is told about some.
-    step_labels = torch.stack([(batch["labels"] * 7 + 1) % 40, batch["labels"]], dim=1)
-    step_labels[batch["labels"].eq(-100)[:, None].expand_as(step_labels)] = -100
-    step_labels[::2, 0] = -100
+    step_targets = torch.stack([(batch["labels"] * 7 + 1) % 40, batch["labels"]], dim=1)
+    step_targets[batch["labels"].eq(-100)[:, None].expand_as(step_targets)] = -100
+    step_targets[::2, 0] = -100
     logits = answers_of_steps(model, batch)[:, :, :4]
     total, count = 0, batch["labels"].ne(-100).sum()
     for step, answer in enumerate(logits):
-        labels = step_labels[:, min(step, 1)].flatten()
+        labels = step_targets[:, min(step, 1)].flatten()
         total = total + torch.nn.functional.cross_entropy(answer.flatten(0, 1), labels, reduction="sum") / count
     last = torch.nn.functional.cross_entropy(logits[-1].flatten(0, 1), batch["labels"].flatten())
-    loss = model.train()(**batch, step_labels=step_labels).cross_entropy_loss
+    loss = model.train()(**batch, step_targets=step_targets).cross_entropy_loss
     torch.testing.assert_close(loss, 0.75 * total / 5 + 0.25 * last)
-    for wrong in (batch["labels"], step_labels[:, :, :3], step_labels[:5]):
-        with pytest.raises(ValueError, match=r"step_labels must be of shape \(12, num_targets, 4\)"):
-            model(**batch, step_labels=wrong)
+    for wrong in (batch["labels"], step_targets[:, :, :3], step_targets[:5]):
+        with pytest.raises(ValueError, match=r"step_targets must be of shape \(12, num_targets, 4\)"):
+            model(**batch, step_targets=wrong)
 
 
 def test_learned_halting():

@@ -132,8 +132,8 @@ class FloodFill(Task):
     decided by a hash of the map itself, so that no map occurs in two splits; within one a map may occur twice. An
     example is a function of (seed, split, index) and of the options that shape a map.
 
-    With `step_targets` other than `answer` an encoded example has `step_labels`, one row for each round up to
-    `max_distance`, for models that read `step_labels` (see `ConnectionTransformerForMaskedLM`); others never see them.
+    With the option `step_targets` other than `answer` an encoded example has a field of that name, one row for each
+    round up to `max_distance`, for models that read it (see `ConnectionTransformerForMaskedLM`); others never see it.
 
     A prediction must be one mark for each cell, and is right only if all marks are.
     """
@@ -251,11 +251,11 @@ class FloodFill(Task):
         *marks, end = encoded["labels"]
         if self.options.step_targets == "rounds":
             yes, no = (tokenizer.convert_tokens_to_ids(mark) for mark in (REACHED, NOT_REACHED))
-            encoded["step_labels"] = [[*row, end] for row in np.where(rounds, yes, no).tolist()]
+            encoded["step_targets"] = [[*row, end] for row in np.where(rounds, yes, no).tolist()]
         else:
             nothing = [-100] * len(encoded["labels"])
             settled = (np.array(rounds) == rounds[-1]).all(axis=1)
-            encoded["step_labels"] = [[*marks, end] if done else nothing for done in settled]
+            encoded["step_targets"] = [[*marks, end] if done else nothing for done in settled]
         return encoded
 
     def score(self, prediction: str, example: Example) -> Score:

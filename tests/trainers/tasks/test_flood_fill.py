@@ -81,6 +81,26 @@ def test_score_takes_whole_maps_only():
         assert (task.score(broken, example).correct, task.score(broken, example).parsed) == (False, None)
 
 
+@pytest.mark.parametrize("kind", ["answer", "settled", "rounds"])
+def test_targets_of_the_steps(kind):
+    task = fill(height=3, width=4, max_distance=4, step_targets=kind)
+    tokenizer = task.build_tokenizer([], 100)
+    yes, no = tokenizer.convert_tokens_to_ids(["+", "-"])
+    for example in task.rows("train")[:30]:
+        encoded = task.encode(example, tokenizer)
+        assert encoded["labels"] == tokenizer(example.target)["input_ids"]
+        if kind == "answer":
+            assert "step_targets" not in encoded
+            continue
+        assert len(encoded["step_targets"]) == 4
+        for step, targets in enumerate(encoded["step_targets"], 1):
+            reached = flood(task.read_prompt(example.prompt), step)[0].ravel()
+            if kind == "rounds":
+                assert targets == [*(yes if mark else no for mark in reached), tokenizer.eos_token_id]
+            else:
+                assert targets == (encoded["labels"] if step >= example.difficulty else [-100] * 13)
+
+
 def test_trivial_rules():
     near = fill(min_distance=1, max_distance=1)
     predictor = near.trivial_predictor(near.rows("train"))
