@@ -249,8 +249,8 @@ class ConnectionTransformerProjection(nn.Linear):
     own so that it is known.
     """
 
-    def __init__(self, hidden_size: int, gain: float = 1.0):
-        super().__init__(hidden_size, hidden_size, bias=False)
+    def __init__(self, in_features: int, out_features: int, gain: float = 1.0):
+        super().__init__(in_features, out_features, bias=False)
         self.gain = gain
 
 
@@ -270,9 +270,7 @@ class ConnectionTransformerReader(nn.Module):
             self.model.pooler = None  # a state of the whole row, which nothing here reads
         width = config.reader_config.hidden_size
         self.projection = (
-            nn.Identity()
-            if width == config.hidden_size
-            else ConnectionTransformerProjection(width, config.hidden_size, bias=False)
+            nn.Identity() if width == config.hidden_size else ConnectionTransformerProjection(width, config.hidden_size)
         )
         self.freeze()
 
@@ -335,9 +333,11 @@ class ConnectionTransformerCompression(GradientCheckpointingLayer):
             "slots",
             orthonormal_slots(config.num_slots, config.hidden_size, config.slot_seed).to(torch.get_default_dtype()),
         )
-        self.q_proj = ConnectionTransformerProjection(config.hidden_size, config.initial_compression_gain)
-        self.k_proj = ConnectionTransformerProjection(config.hidden_size)
-        self.v_proj = ConnectionTransformerProjection(config.hidden_size)
+        self.q_proj = ConnectionTransformerProjection(
+            config.hidden_size, config.hidden_size, config.initial_compression_gain
+        )
+        self.k_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size)
+        self.v_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size)
 
     def forward(
         self, token_states: torch.Tensor, attention_mask: torch.Tensor | None
@@ -1567,9 +1567,9 @@ class ConnectionTransformerExpansion(nn.Module):
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__()
         self.scaling = config.hidden_size**-0.5
-        self.q_proj = ConnectionTransformerProjection(config.hidden_size)
-        self.k_proj = ConnectionTransformerProjection(config.hidden_size)
-        self.v_proj = ConnectionTransformerProjection(config.hidden_size)
+        self.q_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size)
+        self.k_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size)
+        self.v_proj = ConnectionTransformerProjection(config.hidden_size, config.hidden_size)
 
     def forward(self, token_states: torch.Tensor, slot_states: torch.Tensor) -> torch.Tensor:
         """
