@@ -300,6 +300,10 @@ ARCHITECTURES = {
                 "An example stops after the first step at which a small head, trained on the answers of all steps, "
                 "takes the answer to be wrong with a probability of at most τ, and after K steps at the latest."
             ),
+            "ponder": (
+                "An example stops after the first step at which a small head, trained as in PonderNet, gives going on "
+                "a chance of at most τ, and after K steps at the latest."
+            ),
             "none": "Every example takes K steps.",
         },
     ),

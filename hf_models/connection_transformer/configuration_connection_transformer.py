@@ -79,10 +79,15 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             `"learned"`: per sample, the probability that the answer read out after the step is wrong, as a small head
             estimates it from the slots and their change; it learns this from the answers of all steps, so it needs
             `deep_supervision`. A head that learns whether the answer is right stops the hierarchical reasoning model
-            too (Wang et al. 2025, arXiv:2506.21734, section 2). `"none"`: every sample takes K steps.
+            too (Wang et al. 2025, arXiv:2506.21734, section 2). `"ponder"`: per sample, the chance 1 - λ to go on that
+            the same head learns from the loss itself, as PonderNet does (Banino et al. 2021, arXiv:2107.05407): the
+            task's loss of every step counts by the chance to stop there. PonderNet draws whether to stop; here a sample
+            stops where 1 - λ is at most the threshold. Needs `deep_supervision` too, 1 for PonderNet's loss. `"none"`:
+            every sample takes K steps.
         halting_threshold (`float`, *optional*, defaults to 0.1):
             A sample stops after the first step whose measure is at most this (τ). A ratio for the rules of change, a
-            probability for `"learned"`, a norm for the update rules.
+            probability for `"learned"` and `"ponder"` (0.5 stops where stopping is the likelier), a norm for the update
+            rules.
         halting_temperature (`float`, *optional*, defaults to 1.0):
             Width of the soft step count, in units of the logarithm of the measure (Θ); towards 0 it becomes the hard
             count.
@@ -145,7 +150,11 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             2018, arXiv:1711.08028, section 3.2).
         halting_loss_weight (`float`, *optional*, defaults to 0.5):
             With `halting="learned"`: weight of the halting head's own loss. The head reads the slots without changing
-            what they learn.
+            what they learn. With `halting="ponder"`: weight of the divergence of the chances to stop from their prior
+            (β; 0.01 in PonderNet).
+        ponder_prior (`float`, *optional*, defaults to 0.2):
+            With `halting="ponder"`: chance to stop after each step of the geometric prior, whose mean is 1 over this
+            many steps (λ_p).
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the decoder returns its keys and values for the next generation step.
         pad_token_id (`int`, *optional*, defaults to 0):
@@ -221,9 +230,9 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     connection_type: Literal["scalar", "per_pair", "block", "diagonal"] = "scalar"
     initial_update_ratio: float | int | None = None
     max_reasoning_steps: int = positive_int_field(default=6)
-    halting: Literal["state_change", "slot_change", "update_norm", "global_update_norm", "learned", "none"] = (
-        "state_change"
-    )
+    halting: Literal[
+        "state_change", "slot_change", "update_norm", "global_update_norm", "learned", "ponder", "none"
+    ] = "state_change"
     halting_threshold: float | int = interval(min=0)(default=0.1)
     halting_temperature: float | int = interval(min=0, exclude_min=True)(default=1.0)
     share_step_norm: bool = True
@@ -249,6 +258,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
     step_cost_target: float | int | None = None
     deep_supervision: float | int = probability(default=0.0)
     halting_loss_weight: float | int = interval(min=0)(default=0.5)
+    ponder_prior: float | int = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.2)
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -295,9 +305,9 @@ class ConnectionTransformerConfig(PreTrainedConfig):
             raise ValueError(f"step_cost_target={self.step_cost_target} must be at least 1, every sample takes a step")
         if reader is not None:
             self._validate_reader(reader)
-        if self.halting == "learned" and self.deep_supervision == 0:
+        if self.halting in ("learned", "ponder") and self.deep_supervision == 0:
             raise ValueError(
-                "halting='learned' learns from the answer after every step: deep_supervision must be above 0"
+                f"halting={self.halting!r} learns from the answer after every step: deep_supervision must be above 0"
             )
         eos_token_ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         named_tokens = [
@@ -381,7 +391,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
         else:
             source = 0 if reader.hidden_size == width else reader.hidden_size * width
         count = source + 3 * width**2 + connections + 2 * width * norms
-        if self.halting == "learned":
+        if self.halting in ("learned", "ponder"):
             count += 2 * width**2 + 2 * width + 1
         if head is None and not self.is_encoder_decoder:
             return count

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -363,14 +363,54 @@ class ConnectionTransformerCompression(GradientCheckpointingLayer):
         return self.slots + weights.to(values.dtype).transpose(1, 2) @ values, weights
 
 
+# The rules of `config.halting` that a head of its own learns.
+LEARNED_RULES = ("learned", "ponder")
+
+
+def halting_chances(measures: torch.Tensor) -> torch.Tensor:
+    """
+    Chance of a sample to stop after each step, `p_t = λ_t Π_{s<t} (1 - λ_s)`, where the last step takes what is left
+    (Banino et al., "PonderNet", arXiv:2107.05407, equation 2).
+
+    Args:
+        measures (`torch.FloatTensor` of shape `(num_steps, batch_size)`): Chances 1 - λ_t to go on after each step.
+
+    Returns:
+        `torch.FloatTensor` of the same shape, which sums to 1 over the steps.
+    """
+    reached = torch.cat([torch.ones_like(measures[:1]), measures[:-1].cumprod(dim=0)])
+    stops = torch.cat([1 - measures[:-1], torch.ones_like(measures[:1])])
+    return reached * stops
+
+
+def ponder_divergence(chances: torch.Tensor, prior: float) -> torch.Tensor:
+    """
+    Kullback-Leibler divergence of the chances to stop from a geometric distribution that is cut off at the last step
+    (PonderNet, equation 5), mean over samples.
+
+    Args:
+        chances (`torch.FloatTensor` of shape `(num_steps, batch_size)`): As [`halting_chances`] returns them.
+        prior (`float`): Chance to stop after each step of the geometric distribution.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`.
+    """
+    expected = halting_chances(torch.full_like(chances[:, :1], 1 - prior))
+    # Where a chance is zero the logarithm has no slope.
+    logarithms = chances.clamp_min(torch.finfo(chances.dtype).tiny).log()
+    return (chances * (logarithms - expected.log())).sum(dim=0).mean()
+
+
 class ConnectionTransformerHaltingHead(nn.Module):
     """
-    Estimates from the slots and their last change how likely the answer that would be read out now is wrong. It looks
-    at detached states: the slots learn nothing from it.
+    Estimates from the slots and their last change how likely it is that the sample should go on. With
+    `halting="learned"` that is how likely the answer that would be read out now is wrong, and the head looks at
+    detached states: the slots learn nothing from it. With `halting="ponder"` it is 1 - λ of PonderNet, and they do.
     """
 
     def __init__(self, config: ConnectionTransformerConfig):
         super().__init__()
+        self.detached = config.halting == "learned"
         self.hidden_proj = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, 1)
 
@@ -381,10 +421,12 @@ class ConnectionTransformerHaltingHead(nn.Module):
             previous_states (`torch.FloatTensor` of the same shape): States before it.
 
         Returns:
-            Probability of a wrong answer in float32 or better, of shape `(batch_size,)`.
+            Probability to go on in float32 or better, of shape `(batch_size,)`.
         """
+        if self.detached:
+            slot_states, previous_states = slot_states.detach(), previous_states.detach()
         # Transposed, slot-major states are contiguous.
-        states, previous_states = slot_states.detach().transpose(0, 1), previous_states.detach().transpose(0, 1)
+        states, previous_states = slot_states.transpose(0, 1), previous_states.transpose(0, 1)
         features = torch.relu(self.hidden_proj(torch.cat([states, states - previous_states], dim=-1)))
         # One slot that is not done is enough to go on: the largest over the slots, where a mean would drown it.
         features = features.amax(dim=0)
@@ -405,7 +447,7 @@ class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
         self.layer_norms = nn.ModuleList(
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(num_norms)
         )
-        if config.halting == "learned":
+        if config.halting in LEARNED_RULES:
             self.halting_head = ConnectionTransformerHaltingHead(config)
 
     def forward(
@@ -449,7 +491,7 @@ class ConnectionTransformerReasoningStep(GradientCheckpointingLayer):
         halting = self.config.halting
         if halting == "none":
             return None
-        if halting == "learned":
+        if halting in LEARNED_RULES:
             return self.halting_head(candidate, slot_states)
         dtype = torch.promote_types(candidate.dtype, torch.float32)
         if halting in ("state_change", "slot_change"):
@@ -476,7 +518,8 @@ class ConnectionTransformerReasoning(nn.Module):
 
     A sample takes step t if it has not stopped; it stops after the first step whose measure m_t is at most the
     threshold τ, and after the bound K at the latest. Its soft step count is `1 + Σ_{t<K} Π_{s≤t} (1 - λ_s)` with
-    `λ_s = sigmoid((ln τ - ln m_s) / Θ)`, and λ_s = 1 in the steps after it has stopped.
+    `λ_s = sigmoid((ln τ - ln m_s) / Θ)`, or `1 - m_s` with `halting="ponder"`, and λ_s = 1 in the steps after it has
+    stopped.
     """
 
     def __init__(self, config: ConnectionTransformerConfig):
@@ -505,6 +548,8 @@ class ConnectionTransformerReasoning(nn.Module):
 
     def continuation(self, measure: torch.Tensor) -> torch.Tensor:
         """Soft probability 1 - λ to go on after a step with this measure, elementwise."""
+        if self.config.halting == "ponder":
+            return measure
         threshold = self.config.halting_threshold
         log_threshold = math.log(threshold) if threshold > 0 else -math.inf
         log_measure = measure.clamp_min(torch.finfo(measure.dtype).tiny).log()
@@ -1639,15 +1684,17 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
         """What the slots say at the positions of the tokens: `(batch_size, sequence_length, vocab_size)` logits."""
         return self.lm_head(self.dropout(self.expansion(token_states, slot_states)))
 
-    def summed_cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of the labels at the first positions, summed, in float32 or better."""
+    def summed_cross_entropy(
+        self, logits: torch.Tensor, labels: torch.Tensor, reduction: Literal["sum", "none"] = "sum"
+    ) -> torch.Tensor:
+        """Cross entropy of the labels at the first positions, in float32 or better: one sum, or that of each label."""
         predicted = logits[:, : labels.shape[1]]
         return nn.functional.cross_entropy(
             predicted.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
             labels.flatten(),
             ignore_index=-100,
             label_smoothing=self.config.label_smoothing,
-            reduction="sum",
+            reduction=reduction,
         )
 
     @staticmethod
@@ -1727,14 +1774,19 @@ class ConnectionTransformerForMaskedLM(ConnectionTransformerPreTrainedModel):
             if deep_supervision > 0:
                 step_states = outputs.hidden_states[1:]
                 step_logits = self.read_out(outputs.token_states.repeat(len(step_states), 1, 1), torch.cat(step_states))
-                every_step = self.summed_cross_entropy(
-                    step_logits, self.labels_of_steps(labels, step_targets, len(step_states))
-                )
+                step_labels = self.labels_of_steps(labels, step_targets, len(step_states))
+                if self.config.halting == "ponder":
+                    chances = halting_chances(torch.stack(outputs.halting_measures))
+                    losses = self.summed_cross_entropy(step_logits, step_labels, reduction="none")
+                    step_loss = (chances * losses.view(*chances.shape, -1).sum(dim=-1)).sum()
+                    halting_loss = ponder_divergence(chances, self.config.ponder_prior) * share
+                else:
+                    step_loss = self.summed_cross_entropy(step_logits, step_labels) / len(step_states)
                 if self.config.halting == "learned":
                     right = self.right_answers(step_logits, labels.repeat(len(step_states), 1))
                     wrong = torch.cat(outputs.halting_measures)
                     halting_loss = nn.functional.binary_cross_entropy(wrong, 1 - right.to(wrong.dtype)) * share
-                cross_entropy = torch.lerp(cross_entropy, every_step / len(step_states), float(deep_supervision))
+                cross_entropy = torch.lerp(cross_entropy, step_loss, float(deep_supervision))
             cross_entropy = cross_entropy / (
                 num_labels.clamp_min(1) if num_items_in_batch is None else num_items_in_batch
             )

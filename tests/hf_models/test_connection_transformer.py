@@ -45,7 +45,9 @@ from hf_models.connection_transformer.connections_connection_transformer import 
     send_messages,
 )
 from hf_models.connection_transformer.modeling_connection_transformer import (
+    halting_chances,
     orthonormal_slots,
+    ponder_divergence,
     shift_right,
     token_positions,
 )
@@ -77,6 +79,8 @@ class TestConnectionTransformer(ModelTests):
         ({"connection_type": "full"}, "connection_type"),
         ({"initial_update_ratio": 0}, "initial_update_ratio=0"),
         ({"halting": "learned"}, "halting='learned'.*deep_supervision must be above 0"),
+        ({"halting": "ponder"}, "halting='ponder'.*deep_supervision must be above 0"),
+        ({"ponder_prior": 1}, "ponder_prior"),
     ]
 
     zero_gradient = {r"_attn\.k_proj\.bias$": "adds the same to all scores of a query, which the softmax takes away"}
@@ -1290,8 +1294,9 @@ def test_original_start_overwrites_the_state_at_the_base_size():
         {"tie_word_embeddings": False},
         {"num_labels": 5},
         {"halting": "learned", "deep_supervision": 1},
+        {"halting": "ponder", "deep_supervision": 1},
     ],
-    ids=["default", "own norms", "untied", "labels", "learned halting"],
+    ids=["default", "own norms", "untied", "labels", "learned halting", "ponder"],
 )
 def test_number_of_trainable_parameters(connection_type, options):
     config = small_config(connection_type=connection_type, **options)
@@ -1578,9 +1583,52 @@ def test_learned_halting():
     torch.testing.assert_close(measures[0], outputs.halting_measures[0])
 
 
+def test_ponder():
+    """The loss of every step counts by the chance to stop there; the chances are drawn to a geometric distribution."""
+    settings = SUPERVISED | {
+        "deep_supervision": 1,
+        "halting": "ponder",
+        "ponder_prior": 0.3,
+        "halting_loss_weight": 0.1,
+    }
+    model, batch = small_model(ConnectionTransformerForMaskedLM, **settings).double(), random_batch()
+    logits = answers_of_steps(model, batch)
+    outputs = model.train()(**batch)
+    measures = torch.stack(outputs.halting_measures)
+    steps, size = measures.shape
+    expected_loss = divergence = 0.0
+    for row in range(size):
+        left, prior_left = 1.0, 1.0
+        for step in range(steps):
+            is_last = step == steps - 1
+            chance = left if is_last else left * (1 - measures[step, row])
+            prior = prior_left if is_last else prior_left * 0.3
+            left, prior_left = left - chance, prior_left - prior
+            answer, labels = logits[step, row, :4], batch["labels"][row]
+            expected_loss = expected_loss + chance * torch.nn.functional.cross_entropy(answer, labels, reduction="sum")
+            divergence = divergence + chance * torch.log(chance / prior) / size
+    torch.testing.assert_close(outputs.cross_entropy_loss, expected_loss / batch["labels"].ne(-100).sum())
+    torch.testing.assert_close(outputs.halting_loss, divergence)
+    torch.testing.assert_close(outputs.loss, outputs.cross_entropy_loss + 0.1 * divergence)
+    outputs.halting_loss.backward()
+    weights = model.model.encoder.reasoning.step.connections.parameters()
+    assert all(weight.grad.abs().sum() > 0 for weight in weights), "the slots learn from the chances"
+
+
+def test_ponder_chances():
+    measures = torch.tensor([[0.7, 0.0, 1.0], [0.7, 0.5, 1.0], [0.7, 0.5, 1.0]], requires_grad=True)
+    chances = halting_chances(measures)
+    torch.testing.assert_close(chances.detach()[:, 0], torch.tensor([0.3, 0.21, 0.49]))
+    assert chances[:, 1:].tolist() == [[1, 0], [0, 0], [0, 1]]
+    assert ponder_divergence(chances[:, :1], 0.3).item() == pytest.approx(0, abs=1e-6)
+    (gradient,) = torch.autograd.grad(ponder_divergence(chances, 0.3), measures)
+    assert gradient.isfinite().all(), "also where the head is sure"
+
+
+@pytest.mark.parametrize("halting", ["learned", "ponder"])
 @pytest.mark.parametrize("connection_type", ["scalar", "diagonal"])
-def test_learned_halting_is_the_same_alone_in_a_batch_and_padded(connection_type):
-    settings = {"halting": "learned", "deep_supervision": 1, "connection_type": connection_type}
+def test_learned_halting_is_the_same_alone_in_a_batch_and_padded(connection_type, halting):
+    settings = {"halting": halting, "deep_supervision": 1, "connection_type": connection_type}
     model, batch = small_model(ConnectionTransformerForMaskedLM, **settings), random_batch()
     spread_threshold(model, batch)
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -1600,8 +1648,9 @@ def test_learned_halting_is_the_same_alone_in_a_batch_and_padded(connection_type
                 )
 
 
-def test_deep_supervision_adds_up_over_micro_batches():
-    settings = SUPERVISED | {"halting": "learned", "step_cost_weight": 0.3}
+@pytest.mark.parametrize("halting", ["learned", "ponder"])
+def test_deep_supervision_adds_up_over_micro_batches(halting):
+    settings = SUPERVISED | {"halting": halting, "step_cost_weight": 0.3}
     model, batch = small_model(ConnectionTransformerForMaskedLM, **settings).double().train(), random_batch()
     spread_threshold(model, batch)
     batch["labels"] = batch["labels"].where(
