@@ -217,8 +217,10 @@ def main() -> None:
         if "exact" in forms:
             record["over_exact"] = {name: medians[name] / medians["exact"] for name in tools}
         if "plain" in forms:
+            # Of pairs: the long sums of `plain` in float32 are off by some thousandths in the norms.
+            pairs = tuple(torch.triu_indices(len(pieces), len(pieces), 1))
             record["largest_difference"] = {
-                name: (results["plain"] - results[name]).abs().max().item() for name in tools
+                name: (results["plain"] - results[name])[pairs].abs().max().item() for name in tools
             }
     if not arguments.skip_memory:
         peaks = {}
