@@ -121,7 +121,10 @@ FILES = {
 
 
 def files_of(architecture: str) -> set[str]:
-    return FILES | {f"configuration_{architecture}.py", f"modeling_{architecture}.py"}
+    code = {f"configuration_{architecture}.py", f"modeling_{architecture}.py"}
+    if architecture == "connection_transformer":
+        code.add("connections_connection_transformer.py")
+    return FILES | code
 
 
 def make_run(folder: Path, architecture: str) -> Path:

@@ -339,7 +339,7 @@ class TestContent:
         for name, config in known.items():
             assert [field for _, field in ARCHITECTURES[name].shape if not hasattr(config, field)] == []
         for halting in ARCHITECTURES["connection_transformer"].halting:
-            ConnectionTransformerConfig(halting=halting)
+            ConnectionTransformerConfig(halting=halting, deep_supervision=1)
 
     def test_sources_depend_on_the_configuration(self, tmp_path):
         config = CONFIGS["vanilla_transformer"]
