@@ -1,6 +1,6 @@
 """What the converters of all architectures share: reading an original's files, writing the folder, and the command.
 
-Converters are not shipped with checkpoints, and so neither is this.
+Only a converter's command imports this: all else in an architecture's folder, the converter's mappings too, runs alone.
 """
 
 import argparse
@@ -105,18 +105,20 @@ def convert_files(
         os.replace(finished, output_dir)
 
 
-def run_command(
-    convert: Callable[[str, str, str], None],
+def convert_command(
+    make_config: Callable[[dict[str, Any]], PreTrainedConfig],
+    make_model: Callable[[dict[str, torch.Tensor], Any], PreTrainedModel],
     module: str,
     description: str,
     arguments: list[str] | None = None,
     config_help: str = "the original's settings",
+    permitted_types: Sequence[Any] = (),
 ) -> int:
     """
     The command of a converter.
 
     Args:
-        convert (`Callable`): Called with the three paths of the command line.
+        make_config, make_model, permitted_types: See [`convert_files`].
         module (`str`): The converter's full name, for the usage line.
         description (`str`): What it converts, in a sentence.
         arguments (`list[str]`, *optional*): The command line; by default that of the process.
@@ -131,7 +133,7 @@ def run_command(
     parser.add_argument("output_dir", metavar="OUT_DIR", help="folder to write; must not exist or be empty")
     options = parser.parse_args(arguments)
     try:
-        convert(options.config, options.weights, options.output_dir)
+        convert_files(options.config, options.weights, options.output_dir, make_config, make_model, permitted_types)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,12 +14,10 @@ reported in one line, with exit code 2.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..conversion import convert_files, run_command
 from .configuration_connection_transformer import ConnectionTransformerConfig
 from .connections_connection_transformer import ConnectionTransformerPerPairConnections
 from .modeling_connection_transformer import (
@@ -254,26 +252,14 @@ def make_model(
     return model
 
 
-def convert(config_path: str | Path, weights_path: str | Path, output_dir: str | Path) -> None:
-    """
-    Converts the original's files and writes `output_dir` in one step.
-
-    Args:
-        config_path (`str` or `Path`): JSON file with the original's settings; see [`convert_config`].
-        weights_path (`str` or `Path`): `.safetensors` file, or PyTorch state dict under any other suffix.
-        output_dir (`str` or `Path`): Folder to write; it must not exist yet or be empty.
-
-    Raises:
-        ValueError: in one line, the file and what is wrong with it.
-    """
-    convert_files(config_path, weights_path, output_dir, convert_config, make_model)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 0 or 2."""
+    # The command is that of the installed package; all else here runs alone, as everything in this folder does.
+    from hf_models.conversion import convert_command
+
     name = "hf_models.connection_transformer.convert_connection_transformer"
     description = "Convert a model of YeoJune/conn_trans into a from_pretrained folder."
-    return run_command(convert, name, description, arguments)
+    return convert_command(convert_config, make_model, name, description, arguments)
 
 
 if __name__ == "__main__":

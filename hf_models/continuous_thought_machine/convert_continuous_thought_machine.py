@@ -12,13 +12,11 @@ whole or not at all. A mistake in the input is reported in one line, with exit c
 import argparse
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..conversion import convert_files, run_command
 from .configuration_continuous_thought_machine import ContinuousThoughtMachineConfig
 from .modeling_continuous_thought_machine import (
     ContinuousThoughtMachineForImageClassification,
@@ -279,26 +277,22 @@ def make_model(
     return model
 
 
-def convert(config_path: str | Path, weights_path: str | Path, output_dir: str | Path) -> None:
-    """
-    Converts the published files and writes `output_dir` in one step: see [`make_model`].
-
-    Args:
-        config_path (`str` or `Path`): JSON file with the published constructor's arguments; see [`convert_config`].
-        weights_path (`str` or `Path`): `.safetensors` file, or PyTorch state dict under any other suffix.
-        output_dir (`str` or `Path`): Folder to write; it must not exist yet or be empty.
-
-    Raises:
-        ValueError: in one line, the file and what is wrong with it.
-    """
-    convert_files(config_path, weights_path, output_dir, convert_config, make_model, CHECKPOINT_TYPES)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 0 or 2."""
+    # The command is that of the installed package; all else here runs alone, as everything in this folder does.
+    from hf_models.conversion import convert_command
+
     name = "hf_models.continuous_thought_machine.convert_continuous_thought_machine"
     description = "Convert a published Continuous Thought Machine into a from_pretrained folder."
-    return run_command(convert, name, description, arguments, "the published constructor's arguments")
+    return convert_command(
+        convert_config,
+        make_model,
+        name,
+        description,
+        arguments,
+        "the published constructor's arguments",
+        CHECKPOINT_TYPES,
+    )
 
 
 if __name__ == "__main__":

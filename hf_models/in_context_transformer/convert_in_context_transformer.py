@@ -11,12 +11,10 @@ the input is reported in one line, with exit code 2.
 
 import re
 import sys
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..conversion import convert_files, run_command
 from .configuration_in_context_transformer import InContextTransformerConfig, LowRankInContextTransformerConfig
 from .modeling_in_context_transformer import (
     InContextTransformerForPrediction,
@@ -190,26 +188,14 @@ def make_model(
     return model
 
 
-def convert(config_path: str | Path, weights_path: str | Path, output_dir: str | Path) -> None:
-    """
-    Converts the original's files and writes `output_dir` in one step.
-
-    Args:
-        config_path (`str` or `Path`): JSON file with the original's settings; see [`convert_config`].
-        weights_path (`str` or `Path`): `.safetensors` file, or PyTorch state dict under any other suffix.
-        output_dir (`str` or `Path`): Folder to write; it must not exist yet or be empty.
-
-    Raises:
-        ValueError: in one line, the file and what is wrong with it.
-    """
-    convert_files(config_path, weights_path, output_dir, convert_config, make_model)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 0 or 2."""
+    # The command is that of the installed package; all else here runs alone, as everything in this folder does.
+    from hf_models.conversion import convert_command
+
     name = "hf_models.in_context_transformer.convert_in_context_transformer"
     description = "Convert an in-context Transformer made of GPT-2 blocks into a from_pretrained folder."
-    return run_command(convert, name, description, arguments)
+    return convert_command(convert_config, make_model, name, description, arguments)
 
 
 if __name__ == "__main__":
