@@ -335,6 +335,26 @@ def _given(name: str, value: int | None) -> int:
     return value
 
 
+@strict
+@dataclass(kw_only=True)
+class GeneratedOptions:
+    """Options that all tasks of generated questions and answers have."""
+
+    least: ClassVar[Mapping[str, int]] = {}
+    """Smallest values of a task's further options."""
+
+    num_train: int = field(default=20000, metadata={"help": "Training examples."})
+    num_validation: int = field(default=1000, metadata={"help": "Validation examples."})
+    num_test: int = field(default=1000, metadata={"help": "Test examples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the examples; independent of the training seed."})
+
+    def validate_least(self) -> None:
+        bounds = {**self.least, "num_train": 1, "num_validation": 1, "num_test": 1, "seed": 0}
+        for name, least in bounds.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
 def build_options(options_class: type, values: Mapping[str, Any]) -> Any:
     """Build a task's options from a mapping.
 

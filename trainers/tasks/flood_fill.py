@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
-from .base import Example, Score, SplitReport, Task, TaskArguments, TrivialPredictor, check_split
+from .base import Example, GeneratedOptions, Score, SplitReport, Task, TaskArguments, TrivialPredictor, check_split
 from .tokenization import word_level
 
 WALL, OPEN, START = "#", ".", "S"
@@ -26,8 +26,10 @@ TENTHS = {"test": (0,), "validation": (1,), "train": tuple(range(2, 10))}
 
 @strict
 @dataclass(kw_only=True)
-class FloodFillOptions:
+class FloodFillOptions(GeneratedOptions):
     """Options of the flood fill task."""
+
+    least: ClassVar = {"height": 1, "width": 1, "min_distance": 0}
 
     height: int = field(default=5, metadata={"help": "Rows of the map."})
     width: int = field(default=5, metadata={"help": "Columns of the map."})
@@ -46,23 +48,9 @@ class FloodFillOptions:
             "rounds: what t rounds have reached."
         },
     )
-    num_train: int = field(default=20000, metadata={"help": "Training examples."})
-    num_validation: int = field(default=1000, metadata={"help": "Validation examples."})
     num_test: int = field(default=2000, metadata={"help": "Test examples."})
-    seed: int = field(default=0, metadata={"help": "Seed of the examples; independent of the training seed."})
 
     def validate_ranges(self) -> None:
-        for name, least in {
-            "height": 1,
-            "width": 1,
-            "min_distance": 0,
-            "num_train": 1,
-            "num_validation": 1,
-            "num_test": 1,
-            "seed": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.max_distance < self.min_distance:
             raise ValueError(f"max_distance is {self.max_distance}; it must be at least min_distance")
         if self.max_distance >= self.height * self.width:

@@ -4,13 +4,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError
-from .base import Example, Score, Task, TaskArguments, TrivialPredictor, check_split, most_frequent
+from .base import Example, GeneratedOptions, Score, Task, TaskArguments, TrivialPredictor, check_split, most_frequent
 from .tokenization import word_level
 
 # Of every ten consecutive instances the first is for the test, the second for validation, the others for training.
@@ -23,8 +23,10 @@ MAX_SYMBOLS = 1000
 
 @strict
 @dataclass(kw_only=True)
-class PointerChaseOptions:
+class PointerChaseOptions(GeneratedOptions):
     """Options of the pointer chase task."""
+
+    least: ClassVar = {"num_symbols": 2, "max_hops": 1}
 
     num_symbols: int = field(default=5, metadata={"help": "Number of symbols n; the function maps 0..n-1 to itself."})
     max_hops: int = field(default=3, metadata={"help": "The number of hops is uniform over 1..max_hops."})
@@ -40,22 +42,8 @@ class PointerChaseOptions:
         default="pairs",
         metadata={"help": "Write f as one token for each argument and value (0>3), or as the values in order (3)."},
     )
-    num_train: int = field(default=20000, metadata={"help": "Training examples."})
-    num_validation: int = field(default=1000, metadata={"help": "Validation examples."})
-    num_test: int = field(default=1000, metadata={"help": "Test examples."})
-    seed: int = field(default=0, metadata={"help": "Seed of the examples; independent of the training seed."})
 
     def validate_ranges(self) -> None:
-        for name, least in {
-            "num_symbols": 2,
-            "max_hops": 1,
-            "num_train": 1,
-            "num_validation": 1,
-            "num_test": 1,
-            "seed": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_symbols > MAX_SYMBOLS:
             raise ValueError(f"num_symbols is {self.num_symbols}; it must be at most {MAX_SYMBOLS}")
 
