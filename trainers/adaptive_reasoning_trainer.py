@@ -7,7 +7,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import RunTrainingArguments
@@ -119,7 +118,7 @@ class AdaptiveReasoningTrainer(RunTrainer):
         Returns:
             `(None, (tokens, steps, losses, targets), labels)`: the generated tokens `(batch, length)` without the start
             token; the steps used `(batch,)`; the teacher-forced cross-entropy of each example, summed over its targets
-            `(batch,)`, and the number of these `(batch,)`; the labels `(batch, target_len)`. `evaluation_loop` makes
+            `(batch,)`, and the number of these `(batch,)`; the labels `(batch, target_len)`. `whole_split` makes
             the loss of the split from the last two, and hands on the first two.
         """
         inputs = self._prepare_inputs(inputs)
@@ -165,18 +164,8 @@ class AdaptiveReasoningTrainer(RunTrainer):
         tokens = torch.where(after_end | (tokens == module.config.pad_token_id), -100, tokens)
         return None, (tokens, outputs.reasoning_steps, losses, targets), labels
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the library's, with `{metric_key_prefix}_loss` as a mean over targets; it always generates."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+    def whole_split(self, output: EvalLoopOutput) -> tuple[Any, float | None]:
+        """Tokens and steps, and the loss as a mean over targets."""
         tokens, steps, losses, targets = cast(tuple[np.ndarray, ...], output.predictions)
-        metrics = dict(output.metrics or {})
-        if targets.sum() > 0:
-            metrics[f"{metric_key_prefix}_loss"] = float(losses.sum(dtype=np.float64) / targets.sum())
-        return output._replace(predictions=cast(Any, (tokens, steps)), metrics=metrics)
+        loss = float(losses.sum(dtype=np.float64) / targets.sum()) if targets.sum() > 0 else None
+        return (tokens, steps), loss

@@ -4,11 +4,12 @@ import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import RunTrainingArguments
@@ -81,6 +82,33 @@ class RunTrainer(Trainer):
                 if part is not None:
                     self.note_loss_part(name, part * self.process_scale(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the library's, over all predictions, with `{metric_key_prefix}_loss` as [`whole_split`] gives it."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        predictions, loss = self.whole_split(output)
+        metrics = dict(output.metrics or {})
+        if loss is not None:
+            metrics[f"{metric_key_prefix}_loss"] = loss
+        return output._replace(predictions=predictions, metrics=metrics)
+
+    def whole_split(self, output: EvalLoopOutput) -> tuple[Any, float | None]:
+        """The predictions of a split that are handed on, and its loss, whatever its batches were.
+
+        Args:
+            output: the library's, with what `prediction_step` returned for all batches.
+
+        Returns:
+            Predictions and loss; `None` leaves the library's loss, a mean over batches.
+        """
+        return output.predictions, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)

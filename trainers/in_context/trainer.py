@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -95,21 +96,13 @@ class InContextTrainer(RunTrainer):
         member = (numbers[:, None] == level).to(losses)
         self._level_losses += torch.stack((member @ losses, member @ counted), dim=1)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the library's, with `{metric_key_prefix}_loss` as a mean over labels."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+    def whole_split(self, output: EvalLoopOutput) -> tuple[Any, float | None]:
+        """The loss as a mean over labels."""
         logits, labels = (torch.as_tensor(values) for values in (output.predictions, output.label_ids))
         config = self.accelerator.unwrap_model(self.model).config
         losses = label_losses(logits.view_as(labels), labels, getattr(config, "objective", "binary_cross_entropy"))
         loss = losses.double().sum() / labels.ne(IGNORED_LABEL).sum().clamp(min=1)
-        return output._replace(metrics={**(output.metrics or {}), f"{metric_key_prefix}_loss": loss.item()})
+        return output.predictions, loss.item()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

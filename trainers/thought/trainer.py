@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -98,19 +97,10 @@ class ThoughtTrainer(RunTrainer):
         flat = labels.reshape(len(labels), -1)
         return None, think_in_ticks(outputs, labels, module.losses_by_tick(outputs.predictions, flat)), labels
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As the library's, with `{metric_key_prefix}_loss` as a mean over labels."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+    def whole_split(self, output: EvalLoopOutput) -> tuple[Any, float | None]:
+        """Thoughts, and the loss as a mean over labels."""
         thoughts = Thoughts(*cast(tuple[np.ndarray, ...], output.predictions))
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": mean_loss(thoughts)}
-        return output._replace(predictions=cast(Any, thoughts), metrics=metrics)
+        return thoughts, mean_loss(thoughts)
 
 
 def thought_metric(loss: Literal["ticks", "ctc"] = "ticks") -> Callable[[EvalPrediction], dict[str, float]]:
