@@ -45,7 +45,8 @@ def test_loopback_is_open():
                 server.accept()[0].close()
 
 
-def test_outcomes_of_a_run(tmp_path):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_outcomes_of_a_run(tmp_path, processes):
     (tmp_path / "test_sample.py").write_text(
         f"""
 import socket
@@ -80,13 +81,31 @@ class TestArchitecture:
 
     def test_declared(self):
         assert False
+
+@pytest.fixture(scope="module")
+def made():
+    with open("made", "a") as file:
+        file.write("x")
+
+@pytest.mark.parametrize("number", range(20))
+def test_shares_a_fixture(made, number):
+    pass
 """
     )
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_package')\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--tb=line"]
     run = subprocess.run(
-        [*command, "--continue-on-collection-errors", "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=ROOT,
+        [
+            *command,
+            f"-n{processes}",
+            "--dist=loadgroup",
+            "--continue-on-collection-errors",
+            "--rootdir",
+            str(tmp_path),
+            str(tmp_path),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -102,5 +121,6 @@ class TestArchitecture:
     ):
         assert line in run.stdout, run.stdout
     summary = run.stdout.strip().splitlines()[-1]
-    for count in ("2 failed", "1 passed", "2 skipped", "1 deselected", "2 errors"):
+    for count in ("2 failed", "21 passed", "2 skipped", "2 errors", *(["1 deselected"] if not processes else [])):
         assert count in summary, run.stdout
+    assert (tmp_path / "made").read_text() == "x"

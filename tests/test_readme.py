@@ -75,7 +75,7 @@ def test_recipes_named_in_the_text_exist():
 
 
 def test_test_command():
-    assert 'pip install -e ".[test]" && pytest' in [block.strip() for block in blocks("bash")]
+    assert 'pip install -e ".[test]" && pytest -n auto' in [block.strip() for block in blocks("bash")]
 
 
 def test_links_lead_somewhere():

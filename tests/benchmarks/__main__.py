@@ -3,8 +3,9 @@
     python -m tests.benchmarks [--only coupling tracking …] [--json results.json] [--card model_cards/benchmarks.md]
 
 Each entry is a command of one benchmark file, run by itself on one thread; what it compares runs in turn in one process
-there (see the file's own docstring). The card is written anew from the results, with the machine and the versions; so
-that entries can be measured one by one, results already in the JSON file are kept.
+there (see the file's own docstring). The JSON file holds the figures of every line. The card is written anew from the
+results, with the machine and the versions; so that entries can be measured one by one, results already in the JSON file
+are kept.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -23,6 +25,8 @@ import torch
 import transformers
 
 from trainers.files import json_text, write_text
+
+from .measuring import RECORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
@@ -38,11 +42,13 @@ JOBS: dict[str, list[str]] = {
     "coupling gpt2": ["tests.benchmarks.bench_coupling", "--model", "gpt2"],
     "coupling gpt2, last four layers": ["tests.benchmarks.bench_coupling", "--model", "gpt2", "--layers", "last-4"],
     "coupling llama": ["tests.benchmarks.bench_coupling", "--model", "llama", "--skip_memory"],
+    "coupling growth": ["tests.benchmarks.bench_coupling", "--model", "tiny", "--growth"],
     "connection_transformer": ["tests.benchmarks.bench_connection_transformer"],
     "continuous_thought_machine": ["tests.benchmarks.bench_continuous_thought_machine"],
     "in_context_transformer": ["tests.benchmarks.bench_in_context_transformer"],
     "memory": ["tests.benchmarks.bench_memory"],
     "tracking": ["tests.benchmarks.bench_tracking", "--batch", "8", "--rounds", "5"],
+    "tracking memory": ["tests.benchmarks.bench_tracking", "--memory"],
     "kernels": ["trainers.trace", "--compare", "eager", "sdpa", "torch"],
 }
 
@@ -63,22 +69,26 @@ def machine() -> dict[str, str]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """Run one entry. Returns its command, output, seconds, date, load and machine.
+    """Run one entry. Returns its command, output, figures, seconds, date, load and machine.
 
     Raises:
         RuntimeError: with the end of what it wrote, if it fails.
     """
     command = JOBS[name]
     started, load = time.perf_counter(), os.getloadavg()[0]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder, "records.jsonl")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), RECORDS: str(records)}
+        result = subprocess.run(
+            [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
     if result.returncode != 0:
         raise RuntimeError(f"{name} failed with exit code {result.returncode}: {result.stderr.strip()[-2000:]}")
     return {
         "command": shlex.join(["python", "-m", *command]),
         "output": result.stdout.rstrip(),
+        "figures": [json.loads(line) for line in lines],
         "seconds": round(time.perf_counter() - started),
         "date": date.today().isoformat(),
         "load_at_start": round(load, 1),
@@ -91,9 +101,10 @@ def card(results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Speed and memory",
         "Written by `python -m tests.benchmarks --card model_cards/benchmarks.md`. Every comparison runs its forms in "
-        "turn in one process on one thread; times are CPU seconds, ratios those of the medians, so that other work on "
-        "the machine disturbs them little. What the forms are stands in the docstring of each file. Bars and what was "
-        "tried stand on the card of each architecture.",
+        "turn in one process on one thread; times are medians of CPU seconds, so that other work on the machine "
+        "disturbs them little; ratios are those of the medians, with the least and most of a round. A slope is the "
+        "power of the size with which the time grows. What the forms are stands in the docstring of each file. Bars "
+        "and what was tried stand on the card of each architecture.",
     ]
     title = None
     for name in JOBS:

@@ -1,7 +1,7 @@
 """
 Speed and memory of the Connection Transformer's reasoning, against plain forms of the same mathematics:
 
-    python -m tests.benchmarks.bench_connection_transformer [quick] [base] [forms] [scalar] [halting] [matched]
+    python -m tests.benchmarks.bench_connection_transformer [quick] [base] [forms] [scalar] [halting] [growth] [matched]
         [--rounds 5]
 
 - `quick` (128/64/16, 3 steps, batch 32), `base` (256/128/32, 6 steps, batch 8): width/slots/rank of per-pair
@@ -9,23 +9,18 @@ Speed and memory of the Connection Transformer's reasoning, against plain forms 
 - `forms`: block and diagonal connections against per-pair connections, at the base size.
 - `scalar`: the exact orthogonality penalty against the original's, which samples pairs (512 slots, rank 1).
 - `halting`: seconds per example against mean steps of 64 samples that stop at different steps (quick size).
+- `growth`: a forward pass against the number of slots, for each form of connections (width 128, rank 16, batch 8).
 - `matched`: the Vanilla Transformer of as many parameters for the usual sizes, and the operations of both for a source
   of 256 tokens and one target token, every step taken. Nothing is timed.
 
-All forms of a comparison run in one process on one thread, in turn; times are medians of CPU seconds, the speed of a
-large matrix product is measured between them. Memory is the peak above what the process holds before, each form in a
-process of its own. Weights and states are random.
+All forms of a comparison run in one process on one thread, in turn; times are medians of CPU seconds, ratios come with
+the least and most of a round, and a large matrix product is measured beside them. Memory is the peak above what the
+process holds before, each form in a process of its own. Weights and states are random.
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,17 +35,35 @@ from hf_models.connection_transformer.modeling_connection_transformer import Con
 from hf_models.vanilla_transformer import VanillaTransformerConfig
 from tests.hf_models.test_connection_transformer import USUAL_SIZES, einsum_influence, per_pair_factors
 
+from .measuring import (
+    Comparison,
+    in_new_process,
+    interleaved,
+    note,
+    note_growth,
+    note_memory,
+    note_speed,
+    peak_of,
+    significant,
+)
+
 SIZES = {
     "quick": {"hidden_size": 128, "num_slots": 64, "connection_rank": 16, "max_reasoning_steps": 3, "batch_size": 32},
     "base": {"hidden_size": 256, "num_slots": 128, "connection_rank": 32, "max_reasoning_steps": 6, "batch_size": 8},
 }
-CASES = ("quick", "base", "forms", "scalar", "halting", "matched")
+CASES = ("quick", "base", "forms", "scalar", "halting", "growth", "matched")
 PARTS = ("forward", "training step")
 
 
-def make_reasoning(size: str, connection_type: str) -> tuple[ConnectionTransformerReasoning, torch.Tensor]:
-    """The loop with all its steps, as in the original: no injection, no stop; and slot states to begin with."""
-    sizes = dict(SIZES[size])
+def make_reasoning(
+    size: str, connection_type: str, **changes: int
+) -> tuple[ConnectionTransformerReasoning, torch.Tensor]:
+    """The loop with all its steps, as in the original: no injection, no stop; and slot states to begin with.
+
+    Args:
+        changes: what differs from the sizes of that name.
+    """
+    sizes = SIZES[size] | changes
     batch_size = sizes.pop("batch_size")
     torch.manual_seed(0)
     config = ConnectionTransformerConfig(
@@ -105,63 +118,33 @@ def action(part: str, run: Callable[[], torch.Tensor], zero_grad: Callable[[], N
     return forward if part == "forward" else training_step
 
 
-def reasoning_action(part: str, size: str, connection_type: str) -> Callable[[], object]:
-    reasoning, states = make_reasoning(size, connection_type)
+def reasoning_action(part: str, size: str, connection_type: str, **changes: int) -> Callable[[], object]:
+    reasoning, states = make_reasoning(size, connection_type, **changes)
     return action(part, lambda: fast(reasoning, states), reasoning.zero_grad)
 
 
-def matrix_product() -> float:
-    """Floating point operations per CPU second of a square product of float32."""
+# Floating point operations of `matrix_product`.
+PRODUCT_OPERATIONS = 4 * 2 * 1024**3
+
+
+def matrix_product() -> Callable[[], object]:
+    """Square products of float32, large enough to show what the processor can do."""
     one, other = torch.randn(2, 1024, 1024).unbind()
-    start = time.process_time()
-    for _ in range(4):
-        one @ other
-    return 4 * 2 * 1024**3 / (time.process_time() - start)
+    return lambda: [one @ other for _ in range(4)]
 
 
-def interleaved(
-    actions: dict[str, Callable[[], object]], rounds: int, repeats: dict[str, int] | None = None
-) -> tuple[dict[str, float], float]:
-    """Median CPU seconds of each action, in turn after a round that does not count, and the rate of a product."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    rates = []
-    for _ in range(rounds + 1):
-        rates.append(matrix_product())
-        for name, one in actions.items():
-            count = (repeats or {}).get(name, 1)
-            start = time.process_time()
-            for _ in range(count):
-                one()
-            times[name].append((time.process_time() - start) / count)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}, statistics.median(rates[1:])
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most since the peak was last reset (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def peak_memory(form: str, size: str, part: str) -> None:
-    """Prints the bytes that one run of a form takes on top of the model."""
+def peak_memory(form: str, size: str, part: str) -> int:
+    """Bytes that one run of a form takes on top of the model; to be called in a process of its own."""
+    torch.set_num_threads(1)
     reasoning, states = make_reasoning(size, "per_pair")
     run, zero_grad = (lambda: fast(reasoning, states)), reasoning.zero_grad
     if form == "plain":
         plain = Plain(reasoning)
         run, zero_grad = (lambda: plain(states)), plain.zero_grad
-    one = action(part, run, zero_grad)
     # The libraries' own buffers are no part of what is compared.
     torch.bmm(states[:, :4, :4], states[:, :4, :4])
     products(torch.randn(1, 8, 256), torch.randn(1, 256, 256))
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    one()
-    print(json.dumps(resident("VmHWM") - before))
-
-
-def extra_bytes(form: str, size: str, part: str) -> int:
-    command = [sys.executable, "-m", "tests.benchmarks.bench_connection_transformer", "--memory_of", form, size, part]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return peak_of(action(part, run, zero_grad))
 
 
 def measure_per_pair(size: str, rounds: int) -> None:
@@ -180,42 +163,33 @@ def measure_per_pair(size: str, rounds: int) -> None:
             "plain": action(part, lambda: plain(states), plain.zero_grad),
         }
         if size == "quick":
-            actions["masked"] = action(part, lambda: masked(states), masked.zero_grad)
-        seconds, rate = interleaved(actions, rounds)
+            actions["plain with a mask"] = action(part, lambda: masked(states), masked.zero_grad)
+        comparison = interleaved({**actions, "product": matrix_product()}, rounds)
+        rate = PRODUCT_OPERATIONS / comparison.median("product")
+        del comparison.seconds["product"]
         # Products: one pass forward, the same again for the states' gradients and for the weights'.
         passes = config.max_reasoning_steps * (1 if part == "forward" else 3)
-        share = {name: operations * passes / value / rate for name, value in seconds.items()}
-        print(
-            f"{size}, {part}: plain {seconds['plain']:.3f} s, fast {seconds['fast']:.3f} s, "
-            f"{seconds['plain'] / seconds['fast']:.1f}x; of the {rate / 1e9:.0f} GFLOP/s of a large product the plain "
-            f"form reaches {share['plain']:.0%}, the fast form {share['fast']:.0%}",
-            flush=True,
+        masked_seconds = comparison.seconds.pop("plain with a mask", None)
+        share = {name: operations * passes / comparison.median(name) / rate for name in ("plain", "fast")}
+        note_speed(
+            f"{size}, {part}",
+            comparison,
+            "plain",
+            f"; of the {rate / 1e9:.0f} GFLOP/s of a large product the plain form reaches {share['plain']:.0%}, the "
+            f"fast form {share['fast']:.0%}",
         )
-        if "masked" in seconds:
-            print(
-                f"{size}, {part}: plain with a mask for what a slot says to itself {seconds['masked']:.3f} s, "
-                f"{seconds['masked'] / seconds['fast']:.1f}x",
-                flush=True,
-            )
+        if masked_seconds:
+            against = Comparison({"plain with a mask": masked_seconds, "fast": comparison.seconds["fast"]})
+            note_speed(f"{size}, {part}", against, "plain with a mask")
     for part in PARTS:
-        extra = {form: extra_bytes(form, size, part) for form in ("plain", "fast")}
-        print(
-            f"{size}, {part}, extra memory: plain {extra['plain'] / 1e6:.0f} MB, fast {extra['fast'] / 1e6:.0f} MB, "
-            f"{extra['plain'] / extra['fast']:.1f}x less",
-            flush=True,
-        )
+        peaks = {form: in_new_process(peak_memory, form, size, part) for form in ("plain", "fast")}
+        note_memory(f"{size}, {part}, extra memory", peaks, "plain")
 
 
 def measure_forms(rounds: int) -> None:
     for part in PARTS:
         actions = {name: reasoning_action(part, "base", name) for name in ("per_pair", "block", "diagonal")}
-        seconds, _ = interleaved(actions, rounds, {"block": 4, "diagonal": 16})
-        for name in ("block", "diagonal"):
-            print(
-                f"base, {part}: per_pair {seconds['per_pair']:.3f} s, {name} {seconds[name]:.4f} s, "
-                f"{seconds['per_pair'] / seconds[name]:.1f}x",
-                flush=True,
-            )
+        note_speed(f"base, {part}", interleaved(actions, rounds, {"block": 4, "diagonal": 16}), "per_pair")
 
 
 def sampled_penalty(connections: ConnectionTransformerScalarConnections, num_pairs: int = 500) -> torch.Tensor:
@@ -246,10 +220,10 @@ def measure_scalar(rounds: int) -> None:
         "exact": lambda: connections.orthogonality_penalty().backward(),
         "reasoning": lambda: fast(reasoning, states).sum().backward(),
     }
-    seconds, _ = interleaved(actions, rounds, {"exact": 10})
-    print(
-        f"scalar, penalty forward and backward: sampled {seconds['sampled']:.3f} s, exact {seconds['exact']:.4f} s, "
-        f"{seconds['sampled'] / seconds['exact']:.0f}x; one reasoning step on 8 samples {seconds['reasoning']:.3f} s"
+    note_speed(
+        "scalar, penalty forward and backward, beside one reasoning step on 8 samples",
+        interleaved(actions, rounds, {"exact": 10}),
+        "sampled",
     )
 
 
@@ -280,19 +254,32 @@ def measure_halting(rounds: int) -> None:
             return encoder(**batch).reasoning_steps
 
         actions[str(threshold)], steps[str(threshold)] = run, run().float()
-    seconds, _ = interleaved(actions, rounds)
-    whole = seconds["0.0"]
+    comparison = interleaved(actions, rounds)
+    whole = comparison.median("0.0")
     for name, taken in steps.items():
-        saved_steps, saved_seconds = 1 - taken.mean().item() / config.max_reasoning_steps, 1 - seconds[name] / whole
+        seconds = comparison.median(name)
+        saved_steps, saved_seconds = 1 - taken.mean().item() / config.max_reasoning_steps, 1 - seconds / whole
         line = (
             f"halting, threshold {float(name):.3g}: steps {taken.mean():.2f} of {config.max_reasoning_steps} "
-            f"({taken.min():.0f} to {taken.max():.0f}), {seconds[name] / 64 * 1e3:.2f} ms per example"
+            f"({taken.min():.0f} to {taken.max():.0f}), {significant(seconds / 64 * 1e3)} ms per example"
         )
+        figures = {"threshold": float(name), "mean_steps": taken.mean().item(), "seconds": comparison.seconds[name]}
         if saved_steps > 0:
+            figures["time_saved_over_steps_saved"] = saved_seconds / saved_steps
             line += (
                 f"; steps fall by {saved_steps:.0%}, seconds by {saved_seconds:.0%}: {saved_seconds / saved_steps:.2f}"
             )
-        print(line, flush=True)
+        note(line, **figures)
+
+
+def measure_growth(rounds: int) -> None:
+    actions: dict[float, dict[str, Callable[[], object]]] = {}
+    for num_slots in (32, 64, 128, 256):
+        actions[num_slots] = {
+            name: reasoning_action("forward", "quick", name, num_slots=num_slots, batch_size=8)
+            for name in ("per_pair", "block", "diagonal", "scalar")
+        }
+    note_growth("forward", "slots", actions, rounds)
 
 
 def forward_operations(config: PreTrainedConfig) -> int:
@@ -317,11 +304,12 @@ def measure_matched(rounds: int) -> None:
             matched = VanillaTransformerConfig.matched_to(config)
             wanted, found = config.num_trainable_parameters(), matched.num_trainable_parameters()
             operations, others = forward_operations(config), forward_operations(matched)
-            print(
+            note(
                 f"{size} {connection_type}: {wanted:,} parameters, {operations / 1e9:.2f} GFLOP; matched {found:,} "
                 f"({found / wanted - 1:+.2%}), width {matched.hidden_size}, {matched.num_hidden_layers} + "
                 f"{matched.num_decoder_layers} layers, inner {matched.intermediate_size}, {others / 1e9:.2f} GFLOP",
-                flush=True,
+                parameters={"connection": wanted, "matched": found},
+                operations={"connection": operations, "matched": others},
             )
 
 
@@ -329,14 +317,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory of the Connection Transformer's reasoning.")
     parser.add_argument("cases", nargs="*", metavar="case", help=f"what to measure: {', '.join(CASES)}; default all")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each form")
-    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"unknown case(s) {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     torch.set_num_threads(1)
-    if options.memory_of:
-        peak_memory(*options.memory_of)
-        return
     for case in options.cases or CASES:
         if case in SIZES:
             measure_per_pair(case, options.rounds)
@@ -345,6 +329,7 @@ def main() -> None:
                 "forms": measure_forms,
                 "scalar": measure_scalar,
                 "halting": measure_halting,
+                "growth": measure_growth,
                 "matched": measure_matched,
             }
             measures[case](options.rounds)

@@ -1,9 +1,10 @@
 """
 Speed and memory of the Continuous Thought Machine against a plain rewrite of the published way of computing it:
 
-    python -m tests.benchmarks.bench_continuous_thought_machine [maze] [parity] [stopping] [--rounds 5]
+    python -m tests.benchmarks.bench_continuous_thought_machine [maze] [parity] [stopping] [growth] [--rounds 5]
 
-All forms run in one process on one thread, in turn; the times are CPU seconds, the ratios those of the medians. The
+All forms run in one process on one thread, in turn; the times are medians of CPU seconds, the ratios those of the
+medians with the least and most of a round. The
 plain form shares the model's weights, projects keys and values and predictions in every tick, and computes the
 neuron-level models by einsum over weights stored neurons last. "Recomputing" is the fast form under activation
 checkpointing. Peak memory is what a training step adds to the resident memory of a process that holds the model and
@@ -13,16 +14,13 @@ its gradients, each form in a process of its own.
 the forward pass's time is saved, over the share of the ticks that is saved, by a threshold at which samples use three
 quarters, half or a quarter of the ticks on average. The weights are random, with a readout large enough to become
 certain; the mazes' pictures differ in contrast, which spreads the ticks at which samples stop.
+
+`growth` is a forward pass against the number of ticks, at the sizes of `parity`.
 """
 
 import argparse
 import itertools
-import multiprocessing
-import re
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -32,6 +30,8 @@ from hf_models.continuous_thought_machine import (
     ContinuousThoughtMachineModel,
 )
 from tests.hf_models.test_continuous_thought_machine import plain_machine
+
+from .measuring import Comparison, in_new_process, interleaved, note, note_growth, note_memory, note_speed, peak_of
 
 # Published settings: small mazes, and parity at half its width.
 MAZE = {
@@ -128,26 +128,15 @@ LOUD = 200
 CASES = {"maze": (MAZE, (8, 3, 39, 39)), "parity": (PARITY, (32, 64))}
 
 
-def cpu_seconds(action: Callable[[], object]) -> float:
-    start = time.process_time()
-    action()
-    return time.process_time() - start
+def build(case: str, **changes: float):
+    """A model, its input and labels.
 
-
-def interleaved(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each action, run in turn after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 1):
-        for name, action in actions.items():
-            times[name].append(cpu_seconds(action))
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
-
-
-def build(case: str, dropout: float = 0.0):
-    """A model, its input and labels."""
+    Args:
+        changes: settings that differ from those of `CASES`.
+    """
     settings, shape = CASES[case]
     torch.manual_seed(0)
-    config = ContinuousThoughtMachineConfig(**settings, dropout=dropout)
+    config = ContinuousThoughtMachineConfig(**settings | {"dropout": 0.0} | changes)
     model = ContinuousThoughtMachineForTokenClassification(config)
     inputs = torch.randn(shape).sign() if case == "parity" else torch.randn(shape)
     labels = torch.randint(config.num_labels, (shape[0], config.prediction_shape[0]))
@@ -186,7 +175,7 @@ def forward_passes(model: ContinuousThoughtMachineForTokenClassification, inputs
     return {name: torch.no_grad()(form) for name, form in forms.items()}
 
 
-def measure(case: str, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: str, rounds: int) -> dict[str, Comparison]:
     """CPU seconds of the forward pass and of a training step's forward and backward pass, by form."""
     model, inputs, labels = build(case)
     forward = forward_passes(model.eval(), inputs)
@@ -196,7 +185,7 @@ def measure(case: str, rounds: int) -> dict[str, dict[str, float]]:
         raise AssertionError(f"the two ways differ by {difference:.1e} of the largest logit")
     seconds = {"forward": interleaved(forward, rounds)}
     for what, dropout in (("training step", 0.0), ("training step, dropout 0.1", 0.1)):
-        model, inputs, labels = build(case, dropout)
+        model, inputs, labels = build(case, dropout=dropout)
         seconds[what] = interleaved(training_steps(model.train(), inputs, labels), rounds)
     return seconds
 
@@ -244,32 +233,39 @@ def measure_stopping(name: str, batch_size: int, rounds: int) -> None:
     actions |= {str(share): lambda threshold=threshold: think(threshold) for share, threshold in thresholds.items()}
     with torch.no_grad():
         actions["encoder"] = lambda: model.tick.attention.project(model.encoder(inputs))
-        seconds = interleaved(actions, rounds)
-    everything = seconds["all"]
-    print(
-        f"stopping, {name}, batch {batch_size}: all {model.config.iterations} ticks {1e3 * everything:.1f} ms, "
-        f"of which {1e3 * seconds['encoder']:.1f} to encode the input"
+        comparison = interleaved(actions, rounds)
+    everything, encoder = comparison.median("all"), comparison.median("encoder")
+    what = f"stopping, {name}, batch {batch_size}"
+    note(
+        f"{what}: all {model.config.iterations} ticks {1e3 * everything:.1f} ms, of which {1e3 * encoder:.1f} ms to "
+        "encode the input",
+        what=what,
+        seconds=comparison.seconds,
     )
     for share, threshold in thresholds.items():
-        ticks, taken = think(threshold).ticks, seconds[str(share)]
+        ticks, taken = think(threshold).ticks, comparison.median(str(share))
         ticks_saved = 1 - ticks.double().mean().item() / model.config.iterations
         time_saved = 1 - taken / everything
-        print(
+        note(
             f"  {ticks.double().mean():.1f} ticks ({ticks.min()} to {ticks.max()}): {1e3 * taken:.1f} ms, "
             f"{time_saved:.0%} of the time saved with {ticks_saved:.0%} of the ticks, "
             f"ratio {time_saved / ticks_saved:.2f}",
-            flush=True,
+            what=what,
+            share=share,
+            time_saved_over_ticks_saved=time_saved / ticks_saved,
         )
 
 
-def resident(field: str) -> float:
-    """Resident memory of this process in MB, now (`VmRSS`) or at its peak (`VmHWM`). Linux only."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+def measure_growth(rounds: int) -> None:
+    actions = {}
+    for iterations in (10, 20, 40, 80):
+        model, inputs, _ = build("parity", iterations=iterations)
+        actions[iterations] = forward_passes(model.eval(), inputs)
+    note_growth("parity, forward", "ticks", actions, rounds)
 
 
-def peak_memory(case: str, form: str) -> float:
-    """MB that a training step of one form adds; to be called in a new process."""
+def peak_memory(case: str, form: str) -> int:
+    """Bytes that a training step of one form adds; to be called in a new process."""
     torch.set_num_threads(1)
     model, inputs, labels = build(case)
     step = training_steps(model.train(), inputs, labels)[form]
@@ -277,41 +273,30 @@ def peak_memory(case: str, form: str) -> float:
     iterations, model.config.iterations = model.config.iterations, 1
     step()
     model.config.iterations = iterations
-    before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
-
-
-def table_row(case: str, what: str, unit: str, measured: dict[str, float], digits: int, inverse: bool) -> str:
-    """Each form's figure and its ratio to the plain form's: times faster, or share of the memory."""
-    cells = []
-    for form, value in measured.items():
-        ratio = value / measured["plain"] if inverse else measured["plain"] / value
-        cells.append(f"{form} {value:.{digits}f} {unit}" + ("" if form == "plain" else f" ({ratio:.2f}x)"))
-    return f"{case}, {what}: {', '.join(cells)}"
+    return peak_of(step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument(
-        "cases", nargs="*", choices=[[], *CASES, "stopping"], default=[], help="what to measure, default all"
+        "cases", nargs="*", choices=[[], *CASES, "stopping", "growth"], default=[], help="what to measure, default all"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each form")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cases = options.cases or [*CASES, "stopping"]
-    if "stopping" in cases:
-        cases.remove("stopping")
-        for name, batch_size in itertools.product(STOPPING, (32, 128)):
-            small = name in RECIPES
-            if small or batch_size == 32:
-                measure_stopping(name, batch_size, (4 if small else 1) * options.rounds)
-    for case in cases:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            memory = {form: pool.apply(peak_memory, (case, form)) for form in ("plain", "fast", "recomputing")}
-        for what, seconds in measure(case, options.rounds).items():
-            print(table_row(case, what, "s", seconds, digits=2, inverse=False), flush=True)
-        print(table_row(case, "peak memory of a training step", "MB", memory, digits=0, inverse=True), flush=True)
+    for case in options.cases or [*CASES, "stopping", "growth"]:
+        if case == "stopping":
+            for name, batch_size in itertools.product(STOPPING, (32, 128)):
+                small = name in RECIPES
+                if small or batch_size == 32:
+                    measure_stopping(name, batch_size, (4 if small else 1) * options.rounds)
+        elif case == "growth":
+            measure_growth(options.rounds)
+        else:
+            peaks = {form: in_new_process(peak_memory, case, form) for form in ("plain", "fast", "recomputing")}
+            for what, comparison in measure(case, options.rounds).items():
+                note_speed(f"{case}, {what}", comparison, "plain")
+            note_memory(f"{case}, peak memory of a training step", peaks, "plain")
 
 
 if __name__ == "__main__":

@@ -4,27 +4,24 @@
     python -m tests.benchmarks.bench_coupling --model llama --pieces 400 --stream top-8 --forms exact --repeats 1
     python -m tests.benchmarks.bench_coupling --model tiny --pieces 10000 --stream sketch --blocks 512 --forms exact
     python -m tests.benchmarks.bench_coupling --model llama --pieces 8 --tools captum,kronfluence,trak --skip_memory
+    python -m tests.benchmarks.bench_coupling --model tiny --growth [--repeats 3]
 
-Speed: the forms in one process, in turn, medians of CPU seconds over the repeats, and ratios of `plain` to the others.
+Speed: the forms in one process, in turn, medians of CPU seconds over the repeats, and how many times as long `plain`
+takes (the first form, where `plain` is left out), with the least and most of a repeat.
 `exact` is what the analyzer does, by the stream that is named; `medium` is the same with torch free to choose how it
 multiplies float32 matrices (`--matmul_precision medium`), and `bfloat16` with the model in that format; `capture` is
 the first part of it alone, and `floor` one batched forward and backward of the frozen model, with the head at the
 answer positions. `--tools` adds other programs, as far as they can do the same work. With `--blocks` the work goes by
 blocks on disk, bounded by so many MiB.
-Memory: each form in a process of its own, peak above what the loaded model takes. Models are of the named sizes, with
+Memory: each form in a process of its own, peak above what the loaded model takes. `--growth` takes the time against the
+number of pieces instead, by the streams that scale. Models are of the named sizes, with
 random weights; tokens are random; nothing is downloaded.
 """
 
 import argparse
 import copy
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trainers.coupling import Coupling, CouplingAnalyzer, EncodedPiece
 from trainers.coupling.capture import evaluation_mode, frozen
 
-from .coupling_tools import TOOLS, tool_versions
+from .coupling_tools import TOOLS, name_and_version
+from .measuring import in_new_process, interleaved, note, note_growth, note_memory, note_speed, peak_of
 
 # GPT-2 small, and a Llama of 135 million parameters in the shape of SmolLM2-135M.
 SIZES = {
@@ -56,7 +54,15 @@ SIZES = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     },
-    "tiny": {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 40001},
+    "tiny": {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "vocab_size": 40001,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }
 
 
@@ -142,21 +148,95 @@ FORMS: dict[str, Callable] = {
     **TOOLS,
 }
 OPTIONS = argparse.Namespace(stream="exact", blocks=0)
+GROWTH_PIECES = (32, 64, 128, 256)
 HALVES: dict[int, PreTrainedModel] = {}
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most since the peak was last reset (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def peak_memory(form: str, options: argparse.Namespace) -> int:
+    """Bytes that a form takes above the loaded model; to be called in a new process."""
+    torch.set_num_threads(1)
+    vars(OPTIONS).update(vars(options))
+    model, pieces = make_model(options.model), make_pieces(options.pieces)
+    return peak_of(lambda: FORMS[form](model, pieces, options.layers, options.answer))
 
 
-def measure_memory(arguments: argparse.Namespace) -> None:
-    model, pieces = make_model(arguments.model), make_pieces(arguments.pieces)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # building the model had a peak of its own
-    FORMS[arguments.memory_of](model, pieces, arguments.layers, arguments.answer)
-    print(json.dumps({"above_model": resident("VmHWM") - before}))
+def measure_growth(options: argparse.Namespace) -> None:
+    model = make_model(options.model)
+
+    def action(count: int, stream: str) -> Callable[[], object]:
+        pieces = make_pieces(count)
+        return lambda: CouplingAnalyzer(model, layers=options.layers, answer=options.answer, stream=stream).fit(pieces)
+
+    streams = ("exact", "sketch")
+    actions = {count: {stream: action(count, stream) for stream in streams} for count in GROWTH_PIECES}
+    note_growth(f"{options.model}, layers {options.layers}", "pieces", actions, options.repeats)
+
+
+def measure(options: argparse.Namespace) -> None:
+    tools = [name for name in options.tools.split(",") if name]
+    forms = [*options.forms.split(","), *tools]
+    model, pieces = make_model(options.model), make_pieces(options.pieces)
+    if "bfloat16" in forms:
+        bfloat16(model, pieces[:1], options.layers, options.answer)  # makes the copy
+    results: dict[str, object] = {}
+
+    def action(form: str) -> Callable[[], None]:
+        def run() -> None:
+            results[form] = FORMS[form](model, pieces, options.layers, options.answer)
+
+        return run
+
+    comparison = interleaved({form: action(form) for form in forms}, options.repeats, warm_up=False)
+    settings = f"{options.model}, {options.pieces} pieces, layers {options.layers}, answer {options.answer}"
+    if options.blocks:
+        settings += f", blocks of {options.blocks} MiB"
+    baseline = "plain" if "plain" in forms else forms[0]
+    note_speed(settings, comparison, baseline)
+    rates = {form: options.pieces / comparison.median(form) for form in forms}
+    note(
+        "pieces per CPU second: " + ", ".join(f"{form} {rate:.2f}" for form, rate in rates.items()),
+        what=settings,
+        pieces_per_cpu_second=rates,
+    )
+    if {"capture", "floor"} <= set(forms):
+        ratio, low, high = comparison.ratio("floor", "capture")
+        note(f"capture over floor: {ratio:.2f} ({low:.2f} to {high:.2f})", capture_over_floor=[ratio, low, high])
+    for form in ("exact", "medium", "bfloat16"):
+        found = results.get(form)
+        if not isinstance(found, Coupling):
+            continue
+        products = found.cost["gram_cpu_seconds"] / found.cost["capture_cpu_seconds"]
+        line = f"{form}: stream {found.stream['name']}, products take {products:.2f} of the gradients' time"
+        figures: dict[str, object] = {"form": form, "stream": found.stream, "products_over_gradients": products}
+        if "plain" in forms:
+            rms, largest = differences(results["plain"], torch.from_numpy(found.matrix))
+            line += f", differs from plain by {rms:.1e} (rms) and {largest:.1e} (most)"
+            figures |= {"rms_difference": rms, "largest_difference": largest}
+        note(line, **figures)
+    if tools:
+        for form in tools:
+            line = name_and_version(form)
+            figures = {"form": line}
+            if "exact" in forms:
+                ratio, low, high = comparison.ratio("exact", form)
+                line += f": {ratio:.1f} times as long as exact ({low:.1f} to {high:.1f})"
+                figures["over_exact"] = [ratio, low, high]
+            if "plain" in forms:
+                rms, largest = differences(results["plain"], results[form])
+                line += f", differs from plain by {rms:.1e} (rms) and {largest:.1e} (most)"
+                figures |= {"rms_difference": rms, "largest_difference": largest}
+            note(line, **figures)
+    measured = [form for form in forms if form in ("plain", "exact")]
+    if measured and not options.skip_memory:
+        peaks = {form: in_new_process(peak_memory, form, options) for form in measured}
+        note_memory("peak memory above the model", peaks, measured[0])
+
+
+def differences(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Root mean square and most, over pairs: the long sums of `plain` in float32 are off by some thousandths in the
+    norms."""
+    apart = (one - other)[tuple(torch.triu_indices(*one.shape, 1))]
+    return apart.square().mean().sqrt().item(), apart.abs().max().item()
 
 
 def main() -> None:
@@ -173,66 +253,10 @@ def main() -> None:
         "--tools", default="", help="other programs to compare with, by commas: captum,kronfluence,trak"
     )
     parser.add_argument("--skip_memory", action="store_true")
-    parser.add_argument("--memory_of", choices=FORMS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(namespace=OPTIONS)
+    parser.add_argument("--growth", action="store_true", help="time against the number of pieces")
+    options = parser.parse_args(namespace=OPTIONS)
     torch.set_num_threads(1)
-    if arguments.memory_of:
-        measure_memory(arguments)
-        return
-    tools = [name for name in arguments.tools.split(",") if name]
-    forms = [*arguments.forms.split(","), *tools]
-    model, pieces = make_model(arguments.model), make_pieces(arguments.pieces)
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    results = {}
-    for repeat in range(arguments.repeats):
-        for name in forms:
-            if name == "bfloat16" and not repeat:
-                bfloat16(model, pieces[:1], arguments.layers, arguments.answer)  # makes the copy
-            started = time.process_time()
-            results[name] = FORMS[name](model, pieces, arguments.layers, arguments.answer)
-            seconds[name].append(time.process_time() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    record = {
-        **{name: getattr(arguments, name) for name in ("model", "pieces", "layers", "answer", "stream", "blocks")},
-        "cpu_seconds": medians,
-        "pieces_per_cpu_second": {name: arguments.pieces / value for name, value in medians.items()},
-        "plain_over": {name: medians["plain"] / medians[name] for name in forms if "plain" in forms},
-    }
-    if {"capture", "floor"} <= set(forms):
-        record["capture_over_floor"] = medians["capture"] / medians["floor"]
-    for name in ("exact", "medium", "bfloat16"):
-        if name in forms:
-            cost = results[name].cost
-            record[f"{name}_products_over_gradients"] = cost["gram_cpu_seconds"] / cost["capture_cpu_seconds"]
-            record[f"{name}_stream"] = results[name].stream
-            if "plain" in forms:
-                difference = results["plain"] - torch.from_numpy(results[name].matrix)
-                pairs = difference[tuple(torch.triu_indices(*difference.shape, 1))]
-                record[f"{name}_difference"] = {
-                    "rms": pairs.square().mean().sqrt().item(),
-                    "max": pairs.abs().max().item(),
-                }
-    if tools:
-        record["versions"] = tool_versions(tools)
-        if "exact" in forms:
-            record["over_exact"] = {name: medians[name] / medians["exact"] for name in tools}
-        if "plain" in forms:
-            # Of pairs: the long sums of `plain` in float32 are off by some thousandths in the norms.
-            pairs = tuple(torch.triu_indices(len(pieces), len(pieces), 1))
-            record["largest_difference"] = {
-                name: (results["plain"] - results[name])[pairs].abs().max().item() for name in tools
-            }
-    if not arguments.skip_memory:
-        peaks = {}
-        for name in forms:
-            if name in ("plain", "exact"):
-                command = [sys.executable, "-m", "tests.benchmarks.bench_coupling", *sys.argv[1:], "--memory_of", name]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                peaks[name] = json.loads(output)["above_model"]
-        record["peak_bytes_above_model"] = peaks
-        if len(peaks) == 2:
-            record["memory_ratio"] = peaks["plain"] / peaks["exact"]
-    print(json.dumps(record, indent=1))
+    (measure_growth if options.growth else measure)(options)
 
 
 if __name__ == "__main__":

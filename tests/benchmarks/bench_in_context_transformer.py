@@ -1,25 +1,20 @@
 """
 Speed of the low-rank In-context Transformer and of its generator against plain ways of doing the same:
 
-    python -m tests.benchmarks.bench_in_context_transformer [step] [memory] [generator] [--rounds 5]
+    python -m tests.benchmarks.bench_in_context_transformer [step] [memory] [generator] [growth] [--rounds 5]
 
 `step`: forward and backward pass against the library's GPT-2 blocks with the same weights, all tokens and boolean masks
 under sdpa. `memory`: the same passes, peak memory above the model against those blocks with eager attention (Linux).
 `generator`: prompts, with labels balanced or of pairs drawn freely, against a loop over samples with networkx graphs.
+`growth`: the passes of `step` against the number of tables.
 
-All forms of a comparison run in one process on one thread, in turn (memory: in a process each); times are CPU seconds,
-ratios those of the medians.
+All forms of a comparison run in one process on one thread, in turn (memory: in a process each); times are medians of
+CPU seconds, ratios those of the medians with the least and most of a round.
 """
 
 import argparse
-import json
 import random
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import networkx as nx
 import torch
@@ -33,6 +28,8 @@ from hf_models.in_context_transformer import (
 )
 from hf_models.in_context_transformer.modeling_in_context_transformer import make_attention_masks
 from trainers.tasks.in_context import TableConnectivity
+
+from .measuring import in_new_process, interleaved, note, note_growth, note_memory, note_speed, peak_of, significant
 
 # Tables, columns, prompts in a batch.
 SHAPES = ((20, 3, 16), (100, 7, 1), (400, 3, 1))
@@ -127,30 +124,10 @@ def make_steps(
     return {"sparse": sparse_step, "dense": dense_step}
 
 
-def interleaved(actions: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each action, run in turn after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds + 1):
-        for name, action in actions.items():
-            start = time.process_time()
-            action()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most since the peak was last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def measure_memory(form: str) -> None:
-    """Print the peak bytes of one step above what the process held before it."""
-    step = make_steps(*MEMORY_SHAPE, "eager", check=False)[form]
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # building the model had a peak of its own
-    step()
-    print(json.dumps({"peak": resident("VmHWM") - before}))
+def peak_memory(form: str) -> int:
+    """Bytes of one step above what the process held before it; to be called in a new process."""
+    torch.set_num_threads(1)
+    return peak_of(make_steps(*MEMORY_SHAPE, "eager", check=False)[form])
 
 
 def loop_over_samples(
@@ -200,55 +177,55 @@ def measure_generator(rounds: int, count: int = 1024) -> None:
     for num_tables, num_columns, rho, balanced in ((20, 3, 0.5, False), (20, 3, 0.1, True), (8, 2, 0.2, True)):
         shape = {"num_tables": num_tables, "num_columns": num_columns, "rho": rho, "balanced": balanced}
         task = TableConnectivity(shape | {"n_dims": N_DIMS, "names": "random"})
-        seconds = interleaved(
+        comparison = interleaved(
             {
                 "loop": lambda task=task, shape=shape: loop_over_samples(task.names, count // 4, **shape),
                 "vectorised": lambda task=task: task.batch("train", range(count)),
             },
             rounds,
         )
-        rates = {"loop": count // 4 / seconds["loop"], "vectorised": count / seconds["vectorised"]}
-        print(
-            f"generator, V={num_tables}, C={num_columns}, rho={rho}, {'balanced' if balanced else 'free pairs'}: loop "
-            f"{rates['loop']:,.0f} prompts per second, vectorised {rates['vectorised']:,.0f}, "
-            f"{rates['vectorised'] / rates['loop']:.1f}x"
+        rates = {"loop": count // 4 / comparison.median("loop"), "vectorised": count / comparison.median("vectorised")}
+        _, low, high = (4 * value for value in comparison.ratio("vectorised", "loop"))
+        ratio = rates["vectorised"] / rates["loop"]
+        what = f"generator, V={num_tables}, C={num_columns}, rho={rho}, {'balanced' if balanced else 'free pairs'}"
+        note(
+            f"{what}: loop {rates['loop']:,.0f} prompts per second, vectorised {rates['vectorised']:,.0f} "
+            f"({significant(ratio)}x, {significant(low)} to {significant(high)})",
+            what=what,
+            baseline="loop",
+            prompts_per_second=rates,
+            ratios={"vectorised": [ratio, low, high]},
         )
+
+
+def measure_growth(rounds: int) -> None:
+    actions = {num_tables: make_steps(num_tables, 3, 1, "sdpa") for num_tables in (25, 50, 100, 200, 400)}
+    note_growth("training step, C=3, batch 1", "tables", actions, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument(
-        "parts", nargs="*", choices=[[], "step", "memory", "generator"], default=[], help="default: all"
+        "parts", nargs="*", choices=[[], "step", "memory", "generator", "growth"], default=[], help="default: all"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each form")
-    parser.add_argument("--memory_of", choices=("sparse", "dense"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.memory_of:
-        measure_memory(options.memory_of)
-        return
-    parts = options.parts or ["step", "memory", "generator"]
+    parts = options.parts or ["step", "memory", "generator", "growth"]
     if "step" in parts:
         for num_tables, num_columns, batch_size in SHAPES:
-            seconds = interleaved(make_steps(num_tables, num_columns, batch_size, "sdpa"), options.rounds)
-            print(
-                f"training step, V={num_tables}, C={num_columns}, batch {batch_size}: dense sdpa "
-                f"{seconds['dense']:.2f} s, sparse {seconds['sparse']:.2f} s, "
-                f"{seconds['dense'] / seconds['sparse']:.1f}x"
-            )
+            steps = make_steps(num_tables, num_columns, batch_size, "sdpa")
+            what = f"training step, V={num_tables}, C={num_columns}, batch {batch_size}"
+            note_speed(what, interleaved(steps, options.rounds), "dense")
     if "memory" in parts:
-        peaks = {}
-        for form in ("sparse", "dense"):
-            command = [sys.executable, "-m", "tests.benchmarks.bench_in_context_transformer", "--memory_of", form]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            peaks[form] = json.loads(output)["peak"] / 2**20
+        peaks = {form: in_new_process(peak_memory, form) for form in ("sparse", "dense")}
         num_tables, num_columns, batch_size = MEMORY_SHAPE
-        print(
-            f"peak memory of a step, V={num_tables}, C={num_columns}, batch {batch_size}: dense eager "
-            f"{peaks['dense']:,.0f} MiB, sparse {peaks['sparse']:,.0f} MiB, {peaks['dense'] / peaks['sparse']:.1f}x"
-        )
+        what = f"peak memory of a step, V={num_tables}, C={num_columns}, batch {batch_size}, dense form with eager"
+        note_memory(what, peaks, "dense")
     if "generator" in parts:
         measure_generator(options.rounds)
+    if "growth" in parts:
+        measure_growth(options.rounds)
 
 
 if __name__ == "__main__":

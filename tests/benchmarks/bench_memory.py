@@ -10,10 +10,6 @@ samples of that batch from the same weights; the difference is the largest over 
 """
 
 import argparse
-import multiprocessing
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +23,8 @@ from transformers import (
 )
 
 import hf_models  # noqa: F401 - registers the architectures with the Auto classes
+
+from .measuring import in_new_process, note, note_memory, peak_of
 
 TEXT = {
     "vocab_size": 1000,
@@ -128,14 +126,8 @@ def make_batch(name: str) -> dict[str, torch.Tensor]:
     return {"input_values": normal(length, settings["n_dims"]), "labels": integers(2)}
 
 
-def resident(field: str) -> float:
-    """Resident memory of this process in MB, now (`VmRSS`) or at its peak (`VmHWM`)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def peak_memory(name: str, checkpointed: bool, precision: str) -> float:
-    """MB that a training step adds; to be called in a process of its own."""
+def peak_memory(name: str, checkpointed: bool, precision: str) -> int:
+    """Bytes that a training step adds; to be called in a process of its own."""
     torch.set_num_threads(1)
     model, batch = make_model(name), make_batch(name)
     if checkpointed:
@@ -143,10 +135,7 @@ def peak_memory(name: str, checkpointed: bool, precision: str) -> float:
         enable()
     # Gradients and the libraries' buffers come with a step on a single sample.
     loss_of(model, {key: value[:1] for key, value in batch.items()}, precision).backward()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    loss_of(model, batch, precision).backward()
-    return resident("VmHWM") - before
+    return peak_of(lambda: loss_of(model, batch, precision).backward())
 
 
 def loss_of(model: PreTrainedModel, batch: dict[str, torch.Tensor], precision: str) -> torch.Tensor:
@@ -173,12 +162,6 @@ def losses(name: str, precision: str, updates: int) -> list[float]:
     return found
 
 
-def in_a_process(function: Callable, *arguments: Any) -> Any:
-    """The result of a call in a copy of this process, which has the libraries loaded and nothing else."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[], help="architectures, default all")
@@ -187,23 +170,23 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in options.cases or CASES:
         memory = {
-            f"{precision}{' checkpointed' if checkpointed else ''}": in_a_process(
-                peak_memory, name, checkpointed, precision
+            f"{precision}{' checkpointed' if checkpointed else ''}": in_new_process(
+                peak_memory, name, checkpointed, precision, method="fork"
             )
             for precision in ("float32", "bfloat16")
             for checkpointed in (False, True)
         }
-        plain = memory["float32"]
-        cells = (f"{form} {value:.0f} MB ({value / plain:.2f}x)" for form, value in memory.items())
-        print(f"{name}, peak memory of a training step: {', '.join(cells)}", flush=True)
-        found = {precision: in_a_process(losses, name, precision, options.updates) for precision in PRECISIONS}
-        exact = found.pop("float32")
-        cells = []
+        note_memory(f"{name}, peak memory of a training step", memory, "float32")
+        found = {form: in_new_process(losses, name, form, options.updates, method="fork") for form in PRECISIONS}
+        exact, cells, differences = found["float32"], [], {}
         for precision, values in found.items():
-            difference = max(abs(value - other) / abs(other) for value, other in zip(values, exact, strict=True))
-            cells.append(f"{precision} {values[-1]:.4f} (differs by {difference:.3%} at most)")
-        cells = [f"float32 {exact[0]:.4f} to {exact[-1]:.4f}", *cells]
-        print(f"{name}, loss over {options.updates} updates: {', '.join(cells)}", flush=True)
+            if precision != "float32":
+                relative = [abs(value - other) / abs(other) for value, other in zip(values, exact, strict=True)]
+                differences[precision] = max(relative)
+                cells.append(f"{precision} {values[-1]:.4f} (differs by {max(relative):.3%} at most)")
+        what = f"{name}, loss over {options.updates} updates"
+        line = f"{what}: float32 {exact[0]:.4f} to {exact[-1]:.4f}, {', '.join(cells)}"
+        note(line, what=what, losses=found, differences=differences)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,17 @@
 
 One model, one process, one thread. Each round makes four update steps of the same batch, in turn: without any tracker,
 with a tracker that is not due, with one that takes the streaming parts and the attention of two examples of the batch,
-and with one that looks at two probe examples too. Medians of CPU seconds over the rounds; the share at every N steps is
-(tracked - untracked) / (N x untracked). `hooks_when_not_due` counts what stays registered between tracked steps.
+and with one that looks at two probe examples too. Medians of CPU seconds over the rounds. What a step costs more is the
+median of the differences within a round, with the least and most of a round; at every N steps it is the N-th part.
+Hooks are counted between tracked steps.
 
-Memory: `--memory` tracks 20 and then 200 more steps of a small model and prints the growth of resident memory of both.
+Memory: `--memory` tracks 240 steps of a small model and prints by how much resident memory grows in parts of them.
 """
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import hf_models  # noqa: F401 - registers the architecture
 from trainers.tracking import InternalsTracker
+
+from .measuring import cpu_seconds, note, resident, significant
 
 SIZES = {
     "reference": {
@@ -70,13 +71,7 @@ def count_hooks(model: PreTrainedModel) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-def resident() -> int:
-    """Bytes of this process now (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
-def measure_speed(size: str, rows: int, rounds: int) -> dict:
+def measure_speed(size: str, rows: int, rounds: int) -> None:
     model, batch = make_model(size), make_batch(size, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     own_hooks = count_hooks(model)
@@ -101,43 +96,34 @@ def measure_speed(size: str, rows: int, rounds: int) -> dict:
             return step
 
         variants: dict[str, Callable[[int], None]] = {
-            "no_tracker": lambda number: update(),
-            "not_due": tracked(never),
+            "no tracker": lambda number: update(),
+            "not due": tracked(never),
             "tracked": tracked(streaming),
-            "tracked_with_probe": tracked(probing),
+            "tracked with probe": tracked(probing),
         }
         for number in range(2, rounds + 3):
             for name, step in variants.items():
                 gc.collect()
-                started = time.process_time()
-                step(number)
+                taken = cpu_seconds(lambda step=step, number=number: step(number))
                 if number > 2:  # the first round warms up
-                    seconds.setdefault(name, []).append(time.process_time() - started)
+                    seconds.setdefault(name, []).append(taken)
                 left = max(left, count_hooks(model) - own_hooks)
         kept = sum(path.stat().st_size for path in Path(f"{folder}/probing").rglob("*") if path.is_file())
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    # Differences within a round: what disturbs a whole round leaves them alone.
-    extra = {
-        name: statistics.median(a - b for a, b in zip(values, seconds["no_tracker"], strict=True))
-        for name, values in seconds.items()
-    }
-    step = medians["no_tracker"]
-    return {
-        "size": size,
-        "parameters": model.num_parameters(),
-        "batch": rows,
-        "rounds": rounds,
-        "cpu_seconds": medians,
-        "extra_seconds": extra,
-        "percent_of_a_step": {name: 100 * value / step for name, value in extra.items()},
-        "percent_every_50": {name: 2 * value / step for name, value in extra.items() if name.startswith("tracked")},
-        "percent_every_10": {name: 10 * value / step for name, value in extra.items() if name.startswith("tracked")},
-        "hooks_when_not_due": left,
-        "bytes_on_disk_per_tracked_step": kept // (rounds + 1),
-    }
+    untracked = statistics.median(seconds["no tracker"])
+    what = f"{size}, {model.num_parameters():,} parameters, batch {rows}"
+    note(f"{what}: no tracker {significant(untracked)} s a step", what=what, rounds=rounds, seconds=seconds)
+    for name in ("not due", "tracked", "tracked with probe"):
+        extra = [a - b for a, b in zip(seconds[name], seconds["no tracker"], strict=True)]
+        percent, low, high = (100 * value / untracked for value in (statistics.median(extra), min(extra), max(extra)))
+        line = f"{name}: {percent:+.1f} % of a step ({low:+.1f} to {high:+.1f})"
+        if name != "not due":
+            line += f", {percent / 50:.2f} % every 50 steps, {percent / 10:.2f} % every 10"
+        note(line, what=what, form=name, percent_of_a_step=[percent, low, high])
+    note(f"hooks while not due: {left}", hooks_when_not_due=left)
+    note(f"on disk: {kept // (rounds + 1):,} bytes a tracked step", bytes_on_disk_per_tracked_step=kept // (rounds + 1))
 
 
-def measure_memory() -> dict:
+def measure_memory() -> None:
     model, batch = make_model("tutorial"), make_batch("tutorial", 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     grown, before = {}, 0
@@ -152,7 +138,10 @@ def measure_memory() -> dict:
                 gc.collect()
                 grown[number] = resident() - before
                 before = resident()
-    return {"resident_growth_steps_21_to_40": grown[40], "resident_growth_steps_41_to_240": grown[240]}
+    figures = ", ".join(
+        f"steps {first} to {last} {grown[last] / 2**20:+.1f} MiB" for first, last in ((21, 40), (41, 240))
+    )
+    note(f"resident memory: {figures}", resident_growth=grown)
 
 
 def main() -> None:
@@ -163,8 +152,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure_memory() if arguments.memory else measure_speed(arguments.size, arguments.batch, arguments.rounds)
-    print(json.dumps(found, indent=1))
+    if arguments.memory:
+        measure_memory()
+    else:
+        measure_speed(arguments.size, arguments.batch, arguments.rounds)
 
 
 if __name__ == "__main__":

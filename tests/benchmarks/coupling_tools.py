@@ -9,7 +9,7 @@ the answer's first token, the same padded batches, and the head at one position 
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -120,8 +120,8 @@ def kronfluence(model: PreTrainedModel, pieces: list[EncodedPiece], layers: str,
 TOOLS: dict[str, Callable] = {"trak": trak, "captum": captum, "kronfluence": kronfluence}
 
 
-def tool_versions(names: Sequence[str]) -> dict[str, str]:
-    return {PACKAGES[name]: version(PACKAGES[name]) for name in names}
+def name_and_version(tool: str) -> str:
+    return f"{PACKAGES[tool]} {version(PACKAGES[tool])}"
 
 
 class _Batches(torch.utils.data.Dataset):
