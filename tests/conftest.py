@@ -6,7 +6,6 @@
 * A socket to anything but the loopback interface is refused, and the test that tried it fails even if the error was
   swallowed on the way.
 * A skip or an expected failure whose reason is not listed in `skips.py` counts as a failure.
-* Under pytest-xdist, tests that share a fixture of their module run in one process, so that it is made once.
 * Checks of the shared model tests which an architecture declares as not applicable are taken out of the run and
   printed in one list at its end.
 """
@@ -156,18 +155,6 @@ def pytest_make_collect_report(collector: pytest.Collector):
 _declarations = pytest.StashKey[dict[str, str]]()
 
 
-def _keep_together(item: pytest.Item) -> None:
-    definitions = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-    for name in sorted(definitions):
-        definition = definitions[name][-1]
-        if definition.scope == "module" and definition.baseid == item.location[0]:
-            # pytest-xdist takes what follows the last bracket of a name for the group.
-            value = item.callspec.indices.get(name, "") if hasattr(item, "callspec") else ""
-            item.add_marker(pytest.mark.xdist_group(f"{definition.baseid}::{name}{value}"))
-            return
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     declared = config.stash.setdefault(_declarations, {})
     kept, left_out = [], []
@@ -182,8 +169,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
-    for item in items:
-        _keep_together(item)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -98,7 +98,7 @@ def test_shares_a_fixture(made, number):
         [
             *command,
             f"-n{processes}",
-            "--dist=loadgroup",
+            "--dist=loadscope",
             "--continue-on-collection-errors",
             "--rootdir",
             str(tmp_path),
