@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -116,7 +117,11 @@ def card(results: dict[str, dict[str, Any]]) -> str:
             parts.append(f"## {title}")
         on = entry["machine"]
         parts.append(f"`{entry['command']}`")
-        parts.append(f"```text\n{entry['output']}\n```")
+        if entry["figures"]:
+            # What belongs to the line above it is indented.
+            parts.append("\n".join(re.sub(r"^( *)", r"\1- ", line) for line in entry["output"].splitlines()))
+        else:
+            parts.append(f"```text\n{entry['output']}\n```")
         parts.append(
             f"{entry['date']}; {on['processor']}; Python {on['python']}, torch {on['torch']}, transformers "
             f"{on['transformers']}; {entry['seconds']} s, load {entry['load_at_start']} at the start."
@@ -127,7 +132,10 @@ def card(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help=f"entries by name or its beginning: {', '.join(JOBS)}"
+        "--only",
+        nargs="*",
+        metavar="NAME",
+        help=f"entries by name or its beginning: {', '.join(JOBS)}; none to measure nothing and draw the page again",
     )
     parser.add_argument("--json", type=Path, help="file that results are added to")
     parser.add_argument("--card", type=Path, help="Markdown page drawn from the results")
@@ -139,7 +147,7 @@ def main() -> None:
     if arguments.json and arguments.json.exists():
         results = json.loads(arguments.json.read_text(encoding="utf-8"))
     for name in JOBS:
-        if arguments.only and not any(name.startswith(wanted) for wanted in arguments.only):
+        if arguments.only is not None and not any(name.startswith(wanted) for wanted in arguments.only):
             continue
         print(f"{name}: {shlex.join(['python', '-m', *JOBS[name]])}", flush=True)
         results[name] = run(name)

@@ -24,6 +24,24 @@ def test_results_become_a_page(tmp_path, monkeypatch):
     assert page.index("## Internals tracking") < page.index("## Attention kernels")
 
 
+def test_page_is_drawn_again_without_measuring(tmp_path, monkeypatch):
+    entry = {
+        "command": "python -m this",
+        "output": "one line\n  below it",
+        "figures": [{"text": "one line"}, {"text": "  below it"}],
+        "seconds": 3,
+        "date": "2026-01-01",
+        "load_at_start": 0.5,
+        "machine": {"processor": "some", "python": "3", "torch": "2", "transformers": "5"},
+    }
+    results, page = tmp_path / "all.json", tmp_path / "card.md"
+    results.write_text(json.dumps({"memory": entry}))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "--json", str(results), "--card", str(page)])
+    benchmarks.main()
+    assert "\n\n- one line\n  - below it\n\n2026-01-01; some;" in page.read_text()
+    assert json.loads(results.read_text()) == {"memory": entry}
+
+
 def test_unknown_entry(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "couplings"])
     with pytest.raises(SystemExit):
