@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -53,6 +53,7 @@ from safetensors import SafetensorError, safe_open
 from model_cards.card import CardError, render_card
 from trainers.errors import UserError
 from trainers.hub import limit_silence
+from trainers.redaction import known_tokens, redact, secrets_in
 
 REQUIRED_FILES = ("config.json", "metrics.json", "recipe.yaml", "README.md")
 # What a model that reads text needs as well: one whose configuration has a vocabulary.
@@ -106,31 +107,6 @@ AUTO_CLASS_OF_SUFFIX = {
 }
 GENERATING_SUFFIXES = ("ForConditionalGeneration", "ForCausalLM")
 
-# Letters and digits soon follow: a random string, not a word or a number. Bounded, as lines may be megabytes long.
-_MIXED = r"(?=[^\s\"']{0,40}[0-9])(?=[^\s\"']{0,40}[A-Za-z])"
-SECRET_PATTERNS = {
-    "a Hugging Face token": r"\b(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9]{20,}",
-    "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,})",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an API key": r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}",
-    "a Google API key": r"(?<![A-Za-z0-9+/_-])AIza[0-9A-Za-z_-]{35}(?![A-Za-z0-9+/_-])",
-    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
-    "a Stripe key": r"\b[rs]k_live_[A-Za-z0-9]{16,}",
-    "a JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a bearer token": r"(?i)\bbearer\s+(?=\S{0,40}\d)[A-Za-z0-9._~+/-]{20,}",
-    "a password in an address": r"\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@\"']{1,100}:[^/\s:@\"']{6,200}@",
-    "a key or token": (
-        r"(?i)(?:api|access|secret|auth|hub|private|refresh)[_-]?(?:access[_-]?)?(?:key|token|secret)"
-        rf"[\"']?\s*[:=]\s*[\"']?{_MIXED}[A-Za-z0-9+/_.~-]{{16,}}"
-    ),
-    "a password": rf"(?i)(?:password|passwd)[\"']?\s*[:=]\s*[\"']?{_MIXED}[^\s\"'<>]{{8,}}",
-    "a token as an option": (
-        rf"(?i)--[\w-]{{0,40}}(?:token|key|secret|password)[ =][\"']?{_MIXED}[A-Za-z0-9+/_.~-]{{12,}}"
-    ),
-}
-ANY_SECRET = re.compile("|".join(f"(?:{pattern.removeprefix('(?i)')})" for pattern in SECRET_PATTERNS.values()), re.I)
 BINARY_SUFFIXES = (".safetensors", ".png")
 
 RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
@@ -248,7 +224,7 @@ def push_run(
     message = message or f"Upload {run_dir.resolve().name}"
     _check_target(repo_id, revision, create_pr, dry_run and verify)
     files = _with_card(run_dir, collect_files(run_dir), repo_id, revision)
-    _check_secrets(files, message, _known_tokens(token))
+    _check_secrets(files, message, known_tokens(token))
 
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     url = f"{endpoint}/{repo_id}"
@@ -419,53 +395,24 @@ def _checked_token(token: str | None) -> str | None:
     return token
 
 
-def _known_tokens(token: str | None) -> list[str]:
-    """Every token of the user that can be known without a connection."""
-    tokens = [token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
-    stored = Path(constants.HF_TOKEN_PATH)
-    if stored.is_file():
-        tokens.append(stored.read_text(encoding="utf-8", errors="replace"))
-    # A string of a few letters is no token, and would be found everywhere.
-    return sorted({token.strip() for token in tokens if token and len(token.strip()) >= 8})
-
-
 def _check_secrets(files: list[PushFile], message: str, tokens: list[str]) -> None:
     """Refuse the push when a file, or the commit's title, holds something that looks like a token."""
-    found = [f"the commit message ({kind})" for _, kind in _secrets_in(message, tokens)]
+    found = [f"the commit message ({kind})" for _, kind in secrets_in(message, tokens)]
     for file in files:
         if file.content is not None:
             text = file.content.decode("utf-8", errors="replace")
-            found += [f"{file.path} line {line} ({kind})" for line, kind in _secrets_in(text, tokens)]
+            found += [f"{file.path} line {line} ({kind})" for line, kind in secrets_in(text, tokens)]
         elif file.source.suffix == ".safetensors":
             with safe_open(file.source, "np") as weights:
                 metadata = json.dumps(weights.metadata() or {})
-            found += [f"{file.path} metadata ({kind})" for _, kind in _secrets_in(metadata, tokens)]
+            found += [f"{file.path} metadata ({kind})" for _, kind in secrets_in(metadata, tokens)]
     if found:
         shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         raise UserError(f"nothing was pushed: something that looks like a secret stands in {shown}; remove it first")
 
 
-def _secrets_in(text: str, tokens: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Line number and kind of everything in a text that looks like a secret, one for each line."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if any(token in line for token in tokens):
-            yield number, "your own token"
-            continue
-        for kind, pattern in SECRET_PATTERNS.items():
-            if re.search(pattern, line):
-                yield number, kind
-                break
-
-
-def _redact(text: str, *tokens: str | None) -> str:
-    """A text without these tokens and without anything that looks like one."""
-    for token in filter(None, tokens):
-        text = text.replace(token, "<token>")
-    return ANY_SECRET.sub("<secret>", text)
-
-
 def _one_line(text: Any, *tokens: str | None) -> str:
-    return _redact(" ".join(str(text).split()), *tokens)
+    return redact(" ".join(str(text).split()), *tokens)
 
 
 def _with_card(run_dir: Path, files: list[PushFile], repo_id: str, revision: str | None) -> list[PushFile]:
@@ -1059,9 +1006,9 @@ def main(argv: list[str] | None = None) -> int:
         print("push_to_hub.py: interrupted; a push is one commit, so pushing again is safe", file=sys.stderr)
         return 130
     except Exception as error:
-        tokens = _known_tokens(None)
+        tokens = known_tokens(None)
         if debug:
-            print(_redact(traceback.format_exc(), *tokens), file=sys.stderr)
+            print(redact(traceback.format_exc(), *tokens), file=sys.stderr)
         expected = isinstance(error, (UserError, PushError))
         text = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
         print(f"push_to_hub.py: {_one_line(text, *tokens)}", file=sys.stderr)

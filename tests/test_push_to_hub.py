@@ -58,6 +58,7 @@ from tests.hub_server import HubServer, new_token
 from tests.model_cards.run_folders import metrics_of, predictions_of, recipe_of
 from trainers import hub as trainers_hub
 from trainers.errors import UserError
+from trainers.redaction import secrets_in
 from trainers.train import main as train
 
 hub = hub_server.hub
@@ -627,7 +628,7 @@ def test_secrets_in_metadata_and_message_are_found(hub, run):
     ],
 )
 def test_ordinary_text_is_no_secret(line):
-    assert list(push_to_hub._secrets_in(line, [])) == []
+    assert list(secrets_in(line, [])) == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from .errors import UserError
 from .evaluation import decode_predictions
 from .figures import COLOURS, MARKERS, new_figure, save_with_numbers, whole_numbers
 from .loading import load_model
+from .recipe_files import parse_yaml
 from .run import read_record, say
 from .statistics import proportion
 from .tasks import Example, Task, TaskArguments, get_task
@@ -307,7 +308,7 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the report goes.")
     arguments = parser.parse_args(argv)
     try:
-        options = yaml.safe_load(arguments.task_options)
+        options = parse_yaml(arguments.task_options)
     except yaml.YAMLError as error:
         raise UserError(f"--task_options: not valid YAML: {arguments.task_options}") from error
     if not isinstance(options, dict):

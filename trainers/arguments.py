@@ -41,6 +41,7 @@ import hf_models  # noqa: F401  (registers the architectures)
 
 from .command import CommandParser
 from .errors import UserError, did_you_mean, field_of, one_line
+from .recipe_files import named_recipe, parse_yaml, read_yaml
 from .tracking.arguments import TrackingArguments
 
 if TYPE_CHECKING:
@@ -305,21 +306,6 @@ class user_errors_from_validation:
         return False
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error: the first value would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands there twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe and what it inherits from.
 
@@ -332,18 +318,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in chain:
         raise UserError(f"{path}: `inherit` runs in a circle: {' -> '.join(p.name for p in (*chain, path))}")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a recipe is UTF-8 text: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(
-            f"{path}: {line}not valid YAML: {getattr(error, 'problem', None) or one_line(error)}"
-        ) from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     parent_name = values.pop("inherit", None)
@@ -357,19 +332,9 @@ def _load_yaml(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
             raise UserError(f"{path}: section {section!r} must be a mapping of field names to values")
     if parent_name is None:
         return values
-    if not isinstance(parent_name, str):
-        raise UserError(f"{path}: inherit must be a path, got {parent_name!r}")
-    parent_path = path.parent / parent_name
-    if not parent_path.resolve().is_relative_to(_recipe_root(path)):
-        raise UserError(f"{path}: inherit: {parent_name!r} leaves the recipes' folder, {_recipe_root(path).name}/")
+    parent_path = named_recipe(path, "inherit", parent_name)
     parent = _load_yaml(parent_path, (*chain, path.resolve()))
     return {section: merge(parent.get(section, {}), values.get(section, {})) for section in {**parent, **values}}
-
-
-def _recipe_root(path: Path) -> Path:
-    """The folder that a recipe may inherit from: the outermost one called `recipes` above it, else its own."""
-    folder = path.resolve().parent
-    return next((above for above in reversed([folder, *folder.parents]) if above.name == "recipes"), folder)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +361,7 @@ def kind_of(model_type: str) -> Kind:
         UserError: for an unknown one, naming the nearest.
     """
     known = {name: kind for kind in kinds() for name in kind.model_types}
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise UserError(
             f"model.model_type: unknown architecture {model_type!r}{did_you_mean(str(model_type), list(known))}; "
             f"known: {', '.join(sorted(known))}"
@@ -453,7 +418,7 @@ def _from_command_line(raw: str, expected: Any) -> Any:
     if expected is str:
         return raw
     try:
-        value = yaml.safe_load(raw)
+        value = parse_yaml(raw)
     except yaml.YAMLError:
         return raw
     if isinstance(value, str) and _accepts(expected, float):
@@ -480,8 +445,12 @@ def check_value(name: str, value: Any, expected: Any) -> Any:
     Raises:
         UserError: naming the field, the type it takes and the value given.
     """
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{name}: {value!r} is no text: a character is half of a surrogate pair, or not UTF-8")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name}: expected a finite number, got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name}: expected a number of at most 63 bits, got one of {value.bit_length()}")
     if isinstance(value, int) and not isinstance(value, bool) and _accepts(expected, float):
         return value
     for option in typing.get_args(expected):

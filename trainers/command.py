@@ -29,11 +29,12 @@ def explain(error: BaseException, batch_option: str = "--batch_size") -> str:
     """
     if isinstance(error, UserError):
         return str(error)
+    message = one_line(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{batch_option}: too large for the device's memory: {one_line(error)}"
-    return one_line(error)
+        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    elif isinstance(error, torch.OutOfMemoryError):
+        message = f"{batch_option}: too large for the device's memory: {message}"
+    return str(UserError(message))
 
 
 def run_command(

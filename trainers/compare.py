@@ -34,7 +34,6 @@ from .comparison.plan import (
     apply_data_dirs,
     limit_samples,
     read_comparison,
-    read_yaml,
     rehearse,
 )
 from .comparison.results import Key, gather, timings
@@ -42,6 +41,7 @@ from .comparison.tables import csv_text, latex_text
 from .errors import UserError, did_you_mean
 from .figures import save_figure
 from .files import json_text, write_text
+from .recipe_files import read_yaml
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from .coupling.page import make_page
 from .coupling.report import HIGH_COUPLING, LOW_COUPLING, make_report, representatives
 from .coupling.ripple import FULL, PREDICTIONS, SIZES, EditKind, validate
 from .distributed import on_main_process
-from .errors import UserError, did_you_mean, one_line
+from .errors import UserError, did_you_mean, one_line, plain
 from .figures import save_figure
 from .files import json_text, write_text
 from .loading import language_model_class, load_model
@@ -302,7 +302,7 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
     if processes.is_main_process:
         print(f"pieces   {len(found.pieces)} of {found.rows} rows: {found.source}")
         for reason, number in found.left_out.items():
-            print(f"         {number} {reason}")
+            print(plain(f"         {number} {reason}"))
         print(
             f"model    {type(model).__name__}, {model.num_parameters():,} parameters, {model.device}, {arguments.dtype}"
         )
@@ -454,9 +454,9 @@ def print_summary(report: dict[str, Any], folder: Path) -> None:
         print(f"         mean {analysis['mean']:.3f}, standard deviation {analysis['std']:.3f}")
     zero = report["gradient_analysis"]["zero_gradients"]
     if zero:
-        print(f"warning  {len(zero)} piece(s) with a zero gradient have no coupling: {', '.join(zero[:3])}")
+        print(plain(f"warning  {len(zero)} piece(s) with a zero gradient have no coupling: {', '.join(zero[:3])}"))
     for pair in report["high_coupling_pairs"]["top"][:3]:
-        print(f"  {pair['coupling']:.3f}  {' | '.join(pair.get('answers', pair['pieces']))}")
+        print(plain(f"  {pair['coupling']:.3f}  {' | '.join(pair.get('answers', pair['pieces']))}"))
     validation = report.get("ripple_validation")
     if validation:
         print(f"ripples  {validation['edits']} edits, weights restored: {validation['restored_bit_for_bit']}")

@@ -6,16 +6,24 @@ from collections.abc import Iterable
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .redaction import known_tokens, redact
+
 
 class UserError(ValueError):
     """A mistake in a recipe, an option, a data file or a folder.
 
     The message is one line that names the field, file or row and states the rule that was broken. What it repeats from
-    a user's file may hold anything: characters that break lines or steer a terminal are shown escaped.
+    a user's file or a server may hold anything: characters that break lines or steer a terminal are shown escaped,
+    and what looks like a token or a password is left out.
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+        super().__init__(plain(redact(message, *known_tokens())).replace("\n", "\\n"))
+
+
+def plain(text: str) -> str:
+    """Text from data as a terminal may show it: what would steer the terminal, line breaks apart, is shown escaped."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

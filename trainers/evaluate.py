@@ -39,6 +39,7 @@ from .errors import UserError, did_you_mean, one_line
 from .evaluation import decode_predictions, results_table, score_predictions, score_trivial, summarise
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
 from .loading import language_model_class, load_model, saved_class
+from .recipe_files import parse_yaml
 from .run import empty_folder, read_record, say, versions
 from .tasks import Example, Task, TaskArguments, get_task
 from .tasks.base import tokenize
@@ -162,7 +163,7 @@ def _value(name: str, raw: str, expected: Any) -> Any:
     if expected is str or (str in typing.get_args(expected) and not {int, float} & set(typing.get_args(expected))):
         return raw
     try:
-        value = yaml.safe_load(raw)
+        value = parse_yaml(raw)
     except yaml.YAMLError:
         value = raw
     return check_value(f"--{name}", value, expected)

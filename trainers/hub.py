@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from fnmatch import fnmatch
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._http import default_client_factory
 
 from .errors import UserError, one_line
+from .redaction import known_tokens, redact
 
 # Files of a repository that `from_pretrained` reads beside the weights and the code.
 READ_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm")
+PICKLED_WEIGHTS = "pytorch_model*.bin"
+NO_PICKLES = (
+    "the weights of {} are pickles (pytorch_model.bin), which can hold code; they are read as model.safetensors only: "
+    "convert them with save_pretrained of a program that you trust with them"
+)
 LONGEST_SILENCE = 60.0  # seconds without a byte, after which a connection counts as lost
 
 
@@ -70,7 +77,8 @@ def into_cache(
         own wish (`HF_HUB_OFFLINE`), the revision as given: `from_pretrained` has the words for that.
 
     Raises:
-        UserError: if the Hub answers with an error or the connection fails, and the cache has no copy.
+        UserError: if the Hub answers with an error or the connection fails, and the cache has no copy; and for weights
+            that are there as pickles alone.
     """
     if Path(name).is_dir():
         return {"revision": revision}
@@ -89,7 +97,9 @@ def into_cache(
     read += [file for file in names if file.endswith(".py") and trust_remote_code]
     if weights:
         safe = [file for file in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file)]
-        read += safe or [file for file in names if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", file)]
+        if not safe and any(fnmatch(file, PICKLED_WEIGHTS) for file in names):
+            raise UserError(f"{option}: {NO_PICKLES.format(repr(name))}")
+        read += safe
     # The configuration comes last and by its branch: a later command that finds it in the cache finds all the others.
     last = ["config.json"] if "config.json" in read else []
     try:
@@ -108,11 +118,11 @@ def into_cache(
 
 
 def _refusal(error: BaseException) -> str:
-    """In a few words what the Hub answered, or what became of the connection."""
+    """In a few words what the Hub answered, or what became of the connection, without a token it may have repeated."""
     if getattr(error, "response", None) is None and isinstance(error.__cause__, (HTTPError, OSError)):
         error = error.__cause__
     response = getattr(error, "response", None)
     if response is None:
-        return one_line(error)[:200]
+        return redact(one_line(error), *known_tokens())[:200]
     phrases = {status.value: f" {status.phrase}" for status in HTTPStatus}
     return f"{response.status_code}{phrases.get(response.status_code, '')}"

@@ -1,6 +1,8 @@
 """Loading a model and its tokenizer from a run folder, a model folder or the Hub, with every mistake in one line."""
 
 import importlib
+import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import hf_models  # noqa: F401 - registers our own architectures with the Auto classes
 
 from .errors import UserError, one_line
-from .hub import into_cache
+from .hub import NO_PICKLES, PICKLED_WEIGHTS, into_cache
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,6 +102,58 @@ def locate(name_or_path: str, option: str = "model") -> tuple[str, dict[str, Any
     return str(path), {}
 
 
+def source_options(
+    name: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+    option: str = "model",
+) -> dict[str, Any]:
+    """What every `from_pretrained` of a command gets, so that a repository's files are there and its code runs only as
+    the user said.
+
+    Args:
+        name: Hub id, or a folder.
+        revision: branch, tag or commit on the Hub.
+        weights: whether weights are needed, or the tokenizer alone.
+        trust_remote_code: whether code that the repository brings may run, see [`load_model`].
+        option: what the caller names the argument, for messages.
+
+    Returns:
+        Keyword arguments for `from_pretrained`: the revision, and whether code is trusted.
+
+    Raises:
+        UserError: if the Hub does not give the files, if code of the Hub is trusted without naming its revision, if the
+            code lies in yet another repository, or if the weights are there as pickles alone.
+    """
+    is_folder = Path(name).is_dir()
+    if trust_remote_code and not is_folder and revision is None:
+        raise UserError(
+            f"{option}: trust_remote_code runs the code that {name!r} brings; name the revision whose code you"
+            " have read, such as a commit"
+        )
+    options = into_cache(name, revision, weights=weights, trust_remote_code=trust_remote_code, option=option)
+    if weights and is_folder and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob(PICKLED_WEIGHTS)):
+        raise UserError(f"{option}: {NO_PICKLES.format(repr(name))}")
+    if trust_remote_code:
+        try:
+            config = PreTrainedConfig.get_config_dict(name, **options)[0]
+            maps = [config.get("auto_map"), get_tokenizer_config(name, **options).get("auto_map")]
+        except LOADING_ERRORS as error:
+            raise UserError(f"{option}: cannot load {name!r}: {one_line(error)[:300]}") from error
+        for elsewhere in re.findall(r'"([^"]+)--', json.dumps(maps)):
+            raise UserError(
+                f"{option}: {name!r} takes its code from another repository, {elsewhere}, at a revision that nobody "
+                "names; copy the code into a folder beside the weights, and load that"
+            )
+        if not is_folder:
+            commit = config.get("_commit_hash")
+            at = f"{revision} (commit {commit})" if commit and commit != revision else revision
+            print(f"{option}: code of {name} may run, at revision {at}", file=sys.stderr)
+    return {**options, "trust_remote_code": trust_remote_code}
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -134,14 +189,9 @@ def load_model(
     """
     name, options = locate(name_or_path, option)
     is_folder = Path(name).is_dir()
-    if trust_remote_code and not is_folder and revision is None:
-        raise UserError(
-            f"{option}: trust_remote_code runs the code that {name_or_path!r} brings; name the revision whose code you"
-            " have read, such as a commit"
-        )
-    options |= into_cache(name, revision, trust_remote_code=trust_remote_code, option=option)
-    options["trust_remote_code"] = trust_remote_code
-    model_options: dict[str, Any] = {}
+    is_gguf = bool(options)
+    options |= source_options(name, revision, weights=not is_gguf, trust_remote_code=trust_remote_code, option=option)
+    model_options: dict[str, Any] = {} if is_gguf else {"use_safetensors": True}
     if dtype is not None:
         model_options["dtype"] = dtype
     if attn_implementation is not None:
@@ -150,10 +200,6 @@ def load_model(
         model_options["device_map"] = device_map
     try:
         config = AutoConfig.from_pretrained(name, **options)
-        if trust_remote_code and not is_folder:
-            commit = getattr(config, "_commit_hash", None)
-            at = f"{revision} (commit {commit})" if commit and commit != revision else revision
-            print(f"{option}: code of {name_or_path} may run, at revision {at}", file=sys.stderr)
         loader: Any = auto_class or saved_class
         loader = loader if hasattr(loader, "from_pretrained") else loader(config)
         model = loader.from_pretrained(name, **options, **model_options)

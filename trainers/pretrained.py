@@ -17,8 +17,7 @@ from transformers import (
 
 from .arguments import Recipe
 from .errors import UserError, one_line
-from .hub import into_cache
-from .loading import LOADING_ERRORS, load_model, locate
+from .loading import LOADING_ERRORS, load_model, locate, source_options
 
 SPECIAL_ROLES = ("pad_token", "bos_token", "eos_token", "unk_token")
 
@@ -35,9 +34,9 @@ def pretrained_model(recipe: Recipe, auto_class: Any) -> PreTrainedModel:
     """
     assert recipe.pretrained is not None  # what this is called for
     trust, field = recipe.trust_remote_code, "model.pretrained"
-    options = into_cache(recipe.pretrained, recipe.pretrained_revision, trust_remote_code=trust, option=field)
+    options = source_options(recipe.pretrained, recipe.pretrained_revision, trust_remote_code=trust, option=field)
     try:
-        model = auto_class.from_pretrained(recipe.pretrained, **options, trust_remote_code=trust, dtype=torch.float32)
+        model = auto_class.from_pretrained(recipe.pretrained, **options, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # a damaged file raises whatever its reader happens to meet
         raise UserError(f"{field}: cannot load {recipe.pretrained!r}: {one_line(error)[:300]}") from error
     if model.config.model_type != recipe.model_type:
@@ -57,7 +56,7 @@ def reader_fields(recipe: Recipe) -> dict[str, Any]:
         return {}
     field = "model.reader"
     name, options = locate(recipe.reader, field)
-    options |= into_cache(name, recipe.reader_revision, weights=False, option=field)
+    options |= source_options(name, recipe.reader_revision, weights=False, option=field)
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
@@ -85,7 +84,7 @@ def reader_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     assert recipe.reader is not None
     field = "model.reader"
     name, options = locate(recipe.reader, field)
-    options |= into_cache(name, recipe.reader_revision, weights=False, option=field)
+    options |= source_options(name, recipe.reader_revision, weights=False, option=field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # a damaged file raises whatever its reader happens to meet

@@ -31,9 +31,11 @@ from model_cards.card import write_card
 from . import __version__
 from .arguments import DISPLAY_FIELDS, Recipe, precision_of, user_errors_from_validation
 from .distributed import on_main_process
-from .errors import UserError, one_line
+from .errors import UserError, one_line, plain
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
 from .loading import load_model
+from .recipe_files import parse_yaml
+from .redaction import known_tokens, redact
 from .run_trainer import RunTrainer, last_complete_checkpoint
 from .tracking import make_tracker, write_internals
 
@@ -119,7 +121,7 @@ def git_revision() -> str | None:
 def say(message: str = "") -> None:
     """Print a line on the main process: what a command tells its user."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
+        print(plain(message), flush=True)
 
 
 def prepare_output_dir(recipe: Recipe, stack: contextlib.ExitStack) -> bool:
@@ -180,7 +182,7 @@ def read_record(path: Path) -> dict[str, Any]:
         UserError: if it cannot be read, or was not written by a run.
     """
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        record = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read the recipe of the run: {one_line(error)}") from error
     provenance = record.get("provenance") if isinstance(record, dict) else None
@@ -234,7 +236,7 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
     provenance = {
         "data_fingerprint": data_fingerprint,
         "recipe": recipe.path.as_posix() if not recipe.path.is_absolute() else recipe.path.name,
-        "command": f"accelerate launch -m trainers.train {shlex.join(_without_folders(word) for word in argv)}",
+        "command": f"accelerate launch -m trainers.train {_shown(argv)}",
         "package_version": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -243,6 +245,11 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
     }
     content = _without_places(recipe.as_dict()) | {"provenance": provenance}
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _shown(argv: Sequence[str]) -> str:
+    """A command line as it may be shown to others."""
+    return redact(shlex.join(_without_folders(word) for word in argv), *known_tokens())
 
 
 def _without_places(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

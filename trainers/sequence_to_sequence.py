@@ -32,7 +32,7 @@ from .evaluation import (
     score_trivial,
     summarise,
 )
-from .hub import into_cache
+from .loading import source_options
 from .pretrained import embeddings_from, fill_reader, pretrained_model, reader_fields, reader_tokenizer
 from .run import Evaluation, TrainingRun, say
 from .stability import ExplodingLoss
@@ -103,9 +103,9 @@ def make_tokenizer(recipe: Recipe, task: Task, train: Sequence[Example]) -> PreT
     field = "tokenizer.name_or_path" if named else "model.pretrained"
     revision = recipe.tokenizer.revision if named else recipe.pretrained_revision
     trust = recipe.trust_remote_code and not named
-    options = into_cache(name, revision, weights=False, trust_remote_code=trust, option=field)
+    options = source_options(name, revision, weights=False, trust_remote_code=trust, option=field)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # a damaged file raises whatever its reader happens to meet
         raise UserError(f"{field}: cannot load the tokenizer of {name!r}: {one_line(error)[:300]}") from error
     for token in ("pad_token", "eos_token"):

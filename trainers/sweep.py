@@ -35,11 +35,12 @@ from .arguments import load_yaml, merge
 from .command import CommandParser, run_command
 from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
 from .comparison.matching import check_recipe, text_task
-from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, read_yaml, sample_limits
+from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, sample_limits
 from .comparison.results import RunResult, read_run, summary_of, timings
 from .errors import UserError, did_you_mean, one_line
 from .figures import COLOURS, MARKERS, new_figure, save_figure
 from .files import json_text, write_text
+from .recipe_files import named_recipe, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +132,7 @@ def parse_axis(word: str, sections: Mapping[str, Mapping[str, Any]]) -> tuple[st
             raise UserError(f"--over {name}: the name {rule}; write it with its section, like model.{name}")
         name = f"{owners[0]}.{name}"
     try:
-        values = yaml.safe_load(raw if raw.startswith("[") else f"[{raw}]")
+        values = parse_yaml(raw if raw.startswith("[") else f"[{raw}]")
     except yaml.YAMLError as error:
         raise UserError(f"--over {word}: cannot read the values: {one_line(error)}") from error
     return name, [_number(value) for value in values]
@@ -156,7 +157,7 @@ def read_sweep(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], 
     seeds = options.seeds
     if isinstance(values, dict) and "over" in values:
         plan = build(SweepPlan, values, str(path))
-        sections = load_yaml(path.parent / plan.recipe)
+        sections = load_yaml(named_recipe(path, "recipe", plan.recipe))
         sections = merge(sections, plan.fields)
         axes = {name: list(found) if isinstance(found, list) else [found] for name, found in plan.over.items()}
         seeds = seeds or plan.seeds

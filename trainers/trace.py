@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from hf_models.vanilla_transformer import VanillaTransformerConfig
 
 from .command import CommandParser, run_command
-from .errors import UserError, did_you_mean, one_line
+from .errors import UserError, did_you_mean, one_line, plain
 from .files import json_text
 from .loading import load_model
 from .tracing import STAGES, ModelInputs, Record, Walk, prepare, recorded
@@ -387,7 +387,7 @@ def run_trace(options: argparse.Namespace) -> None:
     lines = [*head_lines(model, inputs), "", *table_lines(records), "", *tail_lines(records, facts)]
     if options.layer is None and options.only is None:
         lines += explanation_block(facts)
-    print("\n".join(lines))
+    print("\n".join(map(plain, lines)))
 
 
 def run_compare(options: argparse.Namespace) -> None:

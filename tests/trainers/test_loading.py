@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
+    PreTrainedConfig,
     set_seed,
 )
 
@@ -151,22 +152,22 @@ def test_a_hub_id_is_asked_for_at_its_revision(monkeypatch):
 
 def test_code_of_the_hub_runs_at_a_named_revision_only(monkeypatch, capsys):
     def found(name, **options):
-        config = AutoConfig.for_model("gpt2")
-        config._commit_hash = "0123abc"
-        return config
+        return {"model_type": "gpt2", "_commit_hash": "0123abc"}, {}
 
     def refuse(name, **options):
+        shown.append(capsys.readouterr().err)  # by now, before any of the code runs
         raise OSError("no network")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", found)
-    monkeypatch.setattr(AutoModel, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", found)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    shown = []
     with pytest.raises(UserError, match=r"^--model: trust_remote_code runs the code that 'ann/model' brings; name the"):
         load_model("ann/model", trust_remote_code=True, option="--model")
     assert capsys.readouterr().err == ""
-    for revision, shown in (("v1", "v1 (commit 0123abc)"), ("0123abc", "0123abc")):
+    for revision, place in (("v1", "v1 (commit 0123abc)"), ("0123abc", "0123abc")):
         with pytest.raises(UserError, match="no network"):
             load_model("ann/model", trust_remote_code=True, revision=revision)
-        assert capsys.readouterr().err == f"model: code of ann/model may run, at revision {shown}\n"
+        assert shown.pop() == f"model: code of ann/model may run, at revision {place}\n"
 
 
 def test_a_map_of_devices(tmp_path, monkeypatch):

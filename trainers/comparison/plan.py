@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from huggingface_hub.dataclasses import strict
 
-from ..arguments import RecipeLoader, kind_of, load_yaml, merge, user_errors_from_validation
-from ..errors import UserError, did_you_mean, one_line
+from ..arguments import kind_of, load_yaml, merge, user_errors_from_validation
+from ..errors import UserError, did_you_mean
+from ..recipe_files import named_recipe, read_yaml
 from ..tasks.base import SPLITS
 from .cells import Cell
 
@@ -259,20 +259,6 @@ class Comparison:
         return found
 
 
-def read_yaml(path: Path) -> Any:
-    """A YAML file; a key given twice is an error, as in training recipes.
-
-    Raises:
-        UserError: if the file cannot be read or is not YAML.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {getattr(error, 'problem', None) or one_line(error)}") from error
-
-
 def read_comparison(path: Path) -> Comparison:
     """Read and check a comparison recipe and the recipes it names.
 
@@ -317,15 +303,15 @@ def read_comparison(path: Path) -> Comparison:
                 raise UserError(f"{path}: models.{name}.matched_to: no other model {matched!r}")
             if models[matched].matched_to is not None:
                 raise UserError(f"{path}: models.{name}.matched_to: {matched} is itself matched to another model")
-    folder = path.parent
-    model_sections = {
-        name: load_yaml(folder / entry.recipe).get("model", {}) if entry.recipe else {}
-        for name, entry in models.items()
-    }
+
+    def sections_of(what: str, entry: ModelEntry | TaskEntry) -> dict[str, dict[str, Any]]:
+        return load_yaml(named_recipe(path, f"{what}.recipe", entry.recipe)) if entry.recipe else {}
+
+    model_sections = {name: sections_of(f"models.{name}", entry).get("model", {}) for name, entry in models.items()}
     for name, entry in models.items():
         if "model_type" not in merge(model_sections[name], entry.model):
             raise UserError(f"{path}: models.{name}: model.model_type is missing")
-    task_sections = {name: load_yaml(folder / entry.recipe) if entry.recipe else {} for name, entry in tasks.items()}
+    task_sections = {name: sections_of(f"tasks.{name}", entry) for name, entry in tasks.items()}
     for name, sections in task_sections.items():
         if "name" not in merge(sections.get("task", {}), tasks[name].task):
             raise UserError(f"{path}: tasks.{name}: task.name is missing")

@@ -144,7 +144,8 @@ def encode(
     """Text, or with `ids` the numbers in it, as tokens of shape `(1, length)` on the model's device.
 
     Raises:
-        UserError: no tokenizer, no token, an id outside of the vocabulary, or more tokens than positions.
+        UserError: no tokenizer, what is no Unicode text, no token, an id outside of the vocabulary, or more tokens than
+            positions.
     """
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
@@ -155,6 +156,8 @@ def encode(
             raise UserError(f"{name}: with --ids it must hold whole numbers, got {text!r}") from error
     elif tokenizer is None:
         raise UserError(f"{name}: the model has no tokenizer; give token ids and --ids")
+    elif any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name}: it is no text: a character is half of a surrogate pair, or a byte that is not UTF-8")
     else:
         numbers = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not numbers:
