@@ -24,9 +24,9 @@ from scipy.stats import spearmanr
 from .command import CommandParser, run_command
 from .errors import UserError
 from .evaluation import decode_predictions
-from .figures import COLOURS, MARKERS, new_figure, save_with_numbers, whole_numbers
+from .figures import COLOURS, MARKERS, new_figure, printable, save_with_numbers, whole_numbers
 from .loading import load_model
-from .recipe_files import parse_yaml
+from .recipe_files import code_files, parse_yaml
 from .run import read_record, say
 from .statistics import proportion
 from .tasks import Example, Task, TaskArguments, get_task
@@ -85,6 +85,8 @@ class OnePassModel:
         if not type(self.model).__name__.endswith("ForMaskedLM") or not hasattr(self.model.config, "halting"):
             raise UserError(f"{run}: a {type(self.model).__name__} does not answer in one pass with a stopping rule")
         arguments = dict(record["task"])
+        for name in code_files(arguments):
+            raise UserError(f"{run}: its task is the Python file {name}, which this command does not run")
         arguments["options"] = {**arguments.get("options", {}), **task_options}
         # The lengths follow from the options again.
         arguments["max_source_length"] = arguments["max_target_length"] = None
@@ -242,7 +244,8 @@ def draw(numbers: dict[str, Any]) -> "Figure":
         difficulty.errorbar(
             levels_at, means, yerr=np.clip([means - spread[0], spread[1] - means], 0, None),
             fmt=f"{MARKERS[index % len(MARKERS)]}-", color=COLOURS[index % len(COLOURS)], capsize=2, linewidth=1,
-            label=f"{curve['run']}: Spearman " + ("undefined" if correlation is None else f"{correlation:.2f}"),
+            label=f"{printable(curve['run'], 40)}: Spearman "
+            + ("undefined" if correlation is None else f"{correlation:.2f}"),
         )  # fmt: skip
     for index, entry in enumerate(numbers["fixed"]):
         low, high = entry["accuracy"]["interval"]

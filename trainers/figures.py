@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import plain
 from .files import json_text, replacing, write_text
 
 if TYPE_CHECKING:
@@ -49,6 +50,6 @@ def whole_numbers(axis: "Axis") -> None:
 
 def printable(text: str, most: int = 12) -> str:
     """Text from data as a picture may hold it: on one line, at most so long, and no formula."""
-    text = text.replace("\n", "\\n")
+    text = plain(text).replace("\n", "\\n")
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return text.replace("$", r"\$")

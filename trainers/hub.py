@@ -3,7 +3,6 @@
 import functools
 import re
 import sys
-from fnmatch import fnmatch
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from .redaction import known_tokens, redact
 
 # Files of a repository that `from_pretrained` reads beside the weights and the code.
 READ_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm")
-PICKLED_WEIGHTS = "pytorch_model*.bin"
+PICKLED_WEIGHTS = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 NO_PICKLES = (
     "the weights of {} are pickles (pytorch_model.bin), which can hold code; they are read as model.safetensors only: "
     "convert them with save_pretrained of a program that you trust with them"
@@ -97,7 +96,7 @@ def into_cache(
     read += [file for file in names if file.endswith(".py") and trust_remote_code]
     if weights:
         safe = [file for file in names if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file)]
-        if not safe and any(fnmatch(file, PICKLED_WEIGHTS) for file in names):
+        if not safe and any(PICKLED_WEIGHTS.fullmatch(file) for file in names):
             raise UserError(f"{option}: {NO_PICKLES.format(repr(name))}")
         read += safe
     # The configuration comes last and by its branch: a later command that finds it in the cache finds all the others.

@@ -102,6 +102,12 @@ def locate(name_or_path: str, option: str = "model") -> tuple[str, dict[str, Any
     return str(path), {}
 
 
+def pickled_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's weights as pickles alone."""
+    safe = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return not safe and any(PICKLED_WEIGHTS.fullmatch(file.name) for file in folder.iterdir())
+
+
 def source_options(
     name: str,
     revision: str | None = None,
@@ -134,7 +140,7 @@ def source_options(
             " have read, such as a commit"
         )
     options = into_cache(name, revision, weights=weights, trust_remote_code=trust_remote_code, option=option)
-    if weights and is_folder and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob(PICKLED_WEIGHTS)):
+    if weights and is_folder and pickled_weights(Path(name)):
         raise UserError(f"{option}: {NO_PICKLES.format(repr(name))}")
     if trust_remote_code:
         try:

@@ -5,9 +5,10 @@ YAML's safe loader builds plain values only. Beside that, a recipe
 * is no longer with its aliases written out than a person would write: a few lines of aliases to aliases stand for more
   values than memory holds, and one to a value that it lies in, for endlessly many;
 * holds text alone: no half of a surrogate pair, which no file can hold;
-* names no other recipe outside of the recipes' folder.
+* names no other recipe outside of the recipes' folder, and no Python file outside of that and the working folder.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def read_yaml(path: Path) -> Any:
             module.
     """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -106,19 +107,42 @@ def read_yaml(path: Path) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
         raise UserError(f"{path}: {line}not valid YAML: {problem}") from error
+    for name in code_files(values):
+        file = Path(name.replace("\0", "")).expanduser().resolve()
+        if not any(file.is_relative_to(root) for root in (_root(path), Path.cwd().resolve())):
+            raise UserError(
+                f"{path}: the Python file {name!r} lies outside of the recipes' folder and of the working folder; what "
+                "it holds is run only if you name it yourself: --task.name"
+            )
+    return values
+
+
+def code_files(values: Any) -> Iterator[str]:
+    """The Python files that task sections name, wherever they stand; naming a task by its file runs the file."""
+    if isinstance(values, dict):
+        name = values.get("name")
+        if isinstance(name, str) and name.endswith(".py"):
+            yield name
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from code_files(value)
+
+
+def _root(path: Path) -> Path:
+    """The folder that a recipe may take others from: the outermost one called `recipes` above it, else its own."""
+    folder = path.resolve().parent
+    return next((above for above in reversed([folder, *folder.parents]) if above.name == "recipes"), folder)
 
 
 def named_recipe(path: Path, field: str, name: Any) -> Path:
     """The file of another recipe that a recipe names, relative to itself.
 
     Raises:
-        UserError: if it lies, links followed, outside of the folder that recipes may be taken from: the outermost one
-            called `recipes` above the recipe, else the recipe's own.
+        UserError: if it lies, links followed, outside of the outermost folder called `recipes` above the recipe, or of
+            the recipe's own where there is none.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{path}: {field} must be a path, got {name!r}")
-    folder = path.resolve().parent
-    root = next((above for above in reversed([folder, *folder.parents]) if above.name == "recipes"), folder)
+    root = _root(path)
     named = path.parent / name
     if not named.resolve().is_relative_to(root):
         raise UserError(f"{path}: {field}: {name!r} leaves the recipes' folder, {root.name}/")

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import platform
 import shlex
 import shutil
@@ -33,7 +34,8 @@ from .arguments import DISPLAY_FIELDS, Recipe, precision_of, user_errors_from_va
 from .distributed import on_main_process
 from .errors import UserError, one_line, plain
 from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
-from .loading import load_model
+from .hub import NO_PICKLES
+from .loading import load_model, pickled_weights
 from .recipe_files import parse_yaml
 from .redaction import known_tokens, redact
 from .run_trainer import RunTrainer, last_complete_checkpoint
@@ -236,7 +238,7 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
     provenance = {
         "data_fingerprint": data_fingerprint,
         "recipe": recipe.path.as_posix() if not recipe.path.is_absolute() else recipe.path.name,
-        "command": f"accelerate launch -m trainers.train {_shown(argv)}",
+        "command": f"accelerate launch -m trainers.train {shown_command(argv)}",
         "package_version": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -247,8 +249,8 @@ def record_recipe(recipe: Recipe, argv: Sequence[str], data_fingerprint: str) ->
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _shown(argv: Sequence[str]) -> str:
-    """A command line as it may be shown to others."""
+def shown_command(argv: Sequence[str]) -> str:
+    """A command line as it may be shown to others: without the folders of this machine and without a token."""
     return redact(shlex.join(_without_folders(word) for word in argv), *known_tokens())
 
 
@@ -414,11 +416,24 @@ class TrainingRun(ABC):
             raise UserError("--resume: the training data differ from those the run was started with")
 
     def train(self) -> float:
-        """Train, from the last complete checkpoint if there is one. Returns the seconds, all sessions together."""
+        """Train, from the last complete checkpoint if there is one. Returns the seconds, all sessions together.
+
+        Raises:
+            UserError: if the checkpoint holds what only a program that runs code from it could read.
+        """
         checkpoint = on_main_process(lambda: last_complete_checkpoint(self.recipe.output_dir))
         if checkpoint is not None:
             say(f"resuming  from {Path(checkpoint).name}")
-        self.trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None and pickled_weights(Path(checkpoint)):
+            raise UserError(f"--resume: {NO_PICKLES.format(checkpoint)}")
+        try:
+            self.trainer.train(resume_from_checkpoint=checkpoint)
+        except pickle.UnpicklingError as error:
+            # The state of optimizer, schedule and random generators is read as plain data: no code in it runs.
+            raise UserError(
+                f"--resume: a file of {checkpoint} holds more than numbers, or is damaged, and is not read; delete the "
+                "folder to go on from the checkpoint before it"
+            ) from error
         # Restoring a checkpoint puts a new clock in the place of the one given to the trainer.
         clocks = (
             callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, TrainingClock)

@@ -38,7 +38,7 @@ from .comparison.matching import check_recipe, text_task
 from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, sample_limits
 from .comparison.results import RunResult, read_run, summary_of, timings
 from .errors import UserError, did_you_mean, one_line
-from .figures import COLOURS, MARKERS, new_figure, save_figure
+from .figures import COLOURS, MARKERS, new_figure, printable, save_figure
 from .files import json_text, write_text
 from .recipe_files import named_recipe, parse_yaml, read_yaml
 
@@ -340,7 +340,7 @@ def chart(content: Mapping[str, Any]) -> "Figure":
                 color=COLOURS[index % len(COLOURS)],
                 marker=MARKERS[index % len(MARKERS)],
                 capsize=3,
-                label=None if not lines else f"{lines[0]} = {value}",
+                label=None if not lines else f"{lines[0]} = {printable(str(value), 24)}",
             )
         if numeric:
             if min(positions) > 0 and max(positions) >= 4 * min(positions):
@@ -348,10 +348,11 @@ def chart(content: Mapping[str, Any]) -> "Figure":
             axes.set_xticks(positions, [f"{value:g}" for value in positions])
             axes.minorticks_off()
         else:
-            axes.set_xticks(range(len(positions)), [str(value) for value in positions])
+            axes.set_xticks(range(len(positions)), [printable(str(value), 24) for value in positions])
         axes.set_xlabel(first)
         axes.set_title(
-            ", ".join(f"{name} = {value}" for name, value in zip(panels, combination, strict=True)), fontsize=9
+            ", ".join(f"{name} = {printable(str(value), 24)}" for name, value in zip(panels, combination, strict=True)),
+            fontsize=9,
         )
         axes.grid(alpha=0.3)
     for axes in list(grid_of_axes.flat)[len(combinations) :]:

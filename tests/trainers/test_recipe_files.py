@@ -10,6 +10,7 @@ from trainers.compare import main as compare
 from trainers.errors import UserError
 from trainers.recipe_files import MOST_CHARACTERS, MOST_LEVELS, parse_yaml, read_yaml
 from trainers.sweep import main as sweep
+from trainers.train import main as train
 
 HEAD = "model: {model_type: vanilla_transformer}\ntask: {name: pointer_chase}\n"
 # Nine levels of ten aliases each: a billion values in a few hundred bytes.
@@ -143,3 +144,28 @@ def test_circles_of_recipes_are_found_through_links(tmp_path):
     (tmp_path / "b.yaml").symlink_to(tmp_path / "a.yaml")
     with pytest.raises(UserError, match=r"`inherit` runs in a circle: a\.yaml -> b\.yaml"):
         parse_recipe([str(tmp_path / "a.yaml")], prog="train")
+
+
+def test_python_files_from_elsewhere_are_not_run(tmp_path, monkeypatch, capsys):
+    """A recipe may bring a task's file with it; one that lies anywhere else runs only if the user names it."""
+    folder, file = tmp_path / "recipes", tmp_path / "task.py"
+    folder.mkdir()
+    file.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    (folder / "link.py").symlink_to(file)
+    model = {"model": {"model_type": "vanilla_transformer"}}
+    for name in (str(file), "../task.py", str(folder / "link.py")):
+        monkeypatch.chdir(folder)
+        components = {"name": "mixture", "options": {"components": [{"name": "gsm8k"}, {"name": name}]}}
+        for task in ({"name": name}, components):
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(model | {"task": task}))
+            assert train(["recipe.yaml", "--output_dir", str(tmp_path / "out")]) == 2
+            assert f"the Python file {name!r} lies outside of the recipes' folder" in capsys.readouterr().err
+        plan = {"models": {"x": model}, "tasks": {"y": {"task": {"name": name}}}, "seeds": [0]}
+        (folder / "compare.yaml").write_text(yaml.safe_dump(plan))
+        assert compare(["compare.yaml", "--output_dir", str(tmp_path / "out")]) == 2
+        assert "lies outside" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(model | {"task": {"name": "gsm8k"}}))
+    assert train(["recipe.yaml", "--task.name", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "must define one task" in capsys.readouterr().err
+    assert (tmp_path / "ran").exists()

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
-from ..figures import new_figure
+from ..figures import new_figure, printable
 from .coupling import Coupling
 from .report import HIGH_COUPLING, LOW_COUPLING
 
@@ -111,4 +111,4 @@ def ripple_chart(validation: dict[str, Any]) -> "Figure":
 
 
 def _short(text: str, most: int = 24) -> str:
-    return text if len(text) <= most else f"…{text[-most + 1 :]}"
+    return printable(text if len(text) <= most else f"…{text[-most + 1 :]}", 4 * most)
