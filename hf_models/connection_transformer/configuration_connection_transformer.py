@@ -33,6 +33,14 @@ LIBRARY_KEYWORDS = {
 }
 
 
+def check_finite(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a number that is not finite, or that no tensor can hold."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, float | int) and not abs(value) < 2**63:
+            raise ValueError(f"{entry.name}={value} must be a finite number, below 2**63 in size")
+
+
 @strict
 class ConnectionTransformerConfig(PreTrainedConfig):
     r"""
@@ -285,6 +293,7 @@ class ConnectionTransformerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the rules that involve several fields; runs after construction and before saving."""
+        check_finite(self)
         # The alias of a field reaches it without the field's own check.
         if not isinstance(self.num_decoder_layers, int) or self.num_decoder_layers <= 0:
             raise ValueError(f"num_decoder_layers={self.num_decoder_layers!r} must be a positive int")

@@ -40,6 +40,8 @@ RESNETS = {
     "resnet152": ("bottleneck", [3, 8, 36, 3], [256, 512, 1024, 2048]),
 }
 SHALLOW_WIDE_CHANNELS = 2048
+# The library writes a name for each class; a number of them that was a slip would take all memory.
+MOST_NAMED_CLASSES = 2**20
 
 # The argument of `forward` that each kind of backbone reads; all others read `pixel_values`.
 INPUT_NAMES = {"parity_backbone": "input_values", "none": "input_features"}
@@ -50,6 +52,14 @@ POSITIONAL_EMBEDDINGS_OF_IMAGES = ("none", "learnable-fourier", "multi-learnable
 def number_of_pairs(neuron_select_type: str, n_synch: int) -> int:
     """Size of the synchronisation of `n_synch` selected neurons (S): one number per pair of neurons."""
     return n_synch if neuron_select_type == "random-pairing" else n_synch * (n_synch + 1) // 2
+
+
+def check_finite(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a number that is not finite, or that no tensor can hold."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, float | int) and not abs(value) < 2**63:
+            raise ValueError(f"{entry.name}={value} must be a finite number, below 2**63 in size")
 
 
 @strict
@@ -200,12 +210,12 @@ class ContinuousThoughtMachineConfig(PreTrainedConfig):
         shape = self.prediction_reshaper
         if not isinstance(shape, list) or not all(type(size) is int for size in shape):
             return
-        if self.out_dims is None and shape.count(-1) <= 1:
+        if self.out_dims is None and shape.count(-1) <= 1 and all(size > 0 or size == -1 for size in shape):
             self.out_dims = math.prod(self.num_labels if size == -1 else size for size in shape)
         # The labels follow from the shape of a prediction where they are not named.
         if not labels_given and isinstance(self.out_dims, int) and self.out_dims > 0 and self.num_labels:
             classes = self.prediction_shape[-1] if self.prediction_shape else 0
-            if classes > 0 and classes != self.num_labels:
+            if 0 < classes <= MOST_NAMED_CLASSES and classes != self.num_labels:
                 self.num_labels = classes
 
     @property
@@ -245,6 +255,7 @@ class ContinuousThoughtMachineConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the rules that involve several fields; runs after construction and before saving."""
+        check_finite(self)
         # The alias of a field reaches it without the field's own check.
         for name in ("d_model", "heads"):
             value = getattr(self, name)

@@ -60,6 +60,14 @@ def check_heads(config: PreTrainedConfig) -> None:
         )
 
 
+def check_finite(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a number that is not finite, or that no tensor can hold."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, float | int) and not abs(value) < 2**63:
+            raise ValueError(f"{entry.name}={value} must be a finite number, below 2**63 in size")
+
+
 @strict
 class InContextTransformerConfig(PreTrainedConfig):
     r"""
@@ -143,6 +151,7 @@ class InContextTransformerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the rules that involve several fields; runs after construction and before saving."""
+        check_finite(self)
         check_heads(self)
         if self.n_outputs > self.n_dims:
             raise ValueError(f"n_outputs={self.n_outputs} must be at most n_dims={self.n_dims}")
@@ -262,6 +271,7 @@ class LowRankInContextTransformerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the rules that involve several fields; runs after construction and before saving."""
+        check_finite(self)
         check_heads(self)
         if not 0 <= self.num_local_layers < self.num_hidden_layers:
             raise ValueError(

@@ -63,6 +63,14 @@ def positive_number(value: float | int):
         raise ValueError(f"Value must be greater than 0, got {value}")
 
 
+def check_finite(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for a number that is not finite, or that no tensor can hold."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, float | int) and not abs(value) < 2**63:
+            raise ValueError(f"{entry.name}={value} must be a finite number, below 2**63 in size")
+
+
 @strict
 class VanillaTransformerConfig(PreTrainedConfig):
     r"""
@@ -199,6 +207,7 @@ class VanillaTransformerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks the rules that involve several fields; runs after construction and before saving."""
+        check_finite(self)
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"

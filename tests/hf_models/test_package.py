@@ -121,3 +121,12 @@ def test_annotations_are_evaluated(path):
     futures = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     names = {alias.name for node in futures if node.module == "__future__" for alias in node.names}
     assert "annotations" not in names
+
+
+def test_the_check_of_numbers_is_the_same_everywhere():
+    """Folders share no code, so each configuration has a copy."""
+    copies = set()
+    for path in ROOT.glob("*/configuration_*.py"):
+        (check,) = (node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) == "check_finite")
+        copies.add(ast.dump(check))
+    assert len(copies) == 1
