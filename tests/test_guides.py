@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.test_documented_commands import PAGES
 from trainers.tasks import TASKS
 from trainers.train import main
 
@@ -49,12 +50,9 @@ def test_splits_of_the_guide_share_no_question(sums):
     assert sum(map(len, prompts)) == len(set().union(*prompts)) == 2500
 
 
-@pytest.mark.parametrize("guide", ["README.md", "hf_models/README.md", "trainers/README.md", "recipes/README.md"])
-def test_files_that_a_guide_names_exist(guide):
-    text = (ROOT / guide).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:hf_models|trainers|recipes|tests|model_cards)/[\w./-]+)`", text))
-    named |= {str(Path(guide).parent / link) for link in re.findall(r"\]\((?!http)([\w./-]+)\)", text)}
-    named = {name for name in named if "my_model" not in name}
-    assert named
-    missing = sorted(name for name in named if not (ROOT / name).exists())
-    assert not missing
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = {ROOT / name for name in re.findall(r"`((?:hf_models|trainers|recipes|tests|model_cards)/[\w./-]+)`", text)}
+    named |= {page.parent / link for link in re.findall(r"\]\((?!http)([\w./-]+)\)", text)}
+    assert not sorted(str(path) for path in named if "my_model" not in path.name and not path.exists())
