@@ -93,7 +93,7 @@ def test_shares_a_fixture(made, number):
 """
     )
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_package')\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "--tb=short"]
     run = subprocess.run(
         [
             *command,

@@ -1,14 +1,33 @@
-"""What the library does with any model it does with ours: weights of 8 bits, and the options of `generate`."""
+"""
+What the libraries do with any model they do with ours: adapters from the first step to the Hub and back, pipelines,
+weights of 8 bits, and the options of `generate`. Compilation and export are tested with each architecture.
+"""
 
 import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TorchAoConfig, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TorchAoConfig,
+    pipeline,
+    set_seed,
+)
 
-from tests import skips
+from tests import hub_server, skips
 from tests.benchmarks.bench_memory import CASES, make_batch, make_model
+from tests.hf_models.test_text_to_text_pipeline import TEXTS, tokenizer
 
+hub = hub_server.hub
+ROOT = Path(__file__).resolve().parents[1]
 WIDE = {"hidden_size": 64}
 TICKS = {"iterations": 4, "d_model": 64, "d_input": 32}
 SMALL = {
@@ -26,6 +45,80 @@ def test_every_architecture_is_here():
     assert SMALL.keys() == CASES.keys()
 
 
+def small_batch(name: str) -> dict[str, torch.Tensor]:
+    return {key: value[:2] for key, value in make_batch(name).items()}
+
+
+def adapt(name: str, folder: Path) -> None:
+    """From a model on the Hub to an adapter on the Hub, and from both to a model that needs no peft."""
+    auto_class, batch = CASES[name][0], small_batch(name)
+    make_model(name, **SMALL[name]).push_to_hub(f"ada/{name}")
+    set_seed(0)
+    base = auto_class.from_pretrained(f"ada/{name}")
+    adapted = get_peft_model(base, LoraConfig(r=2, lora_dropout=0.0, target_modules="all-linear")).train()
+    trained = {key: value for key, value in adapted.named_parameters() if value.requires_grad}
+    assert trained
+    assert all("lora_" in key for key in trained)
+    optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-2), []
+    for _ in range(6):
+        loss = adapted(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+    adapted.eval().push_to_hub(f"ada/{name}-adapter")
+    loaded = PeftModel.from_pretrained(auto_class.from_pretrained(f"ada/{name}"), f"ada/{name}-adapter").eval()
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        assert torch.equal(loaded(**batch).logits, expected)
+        loaded.merge_and_unload().save_pretrained(folder / name)
+        merged = auto_class.from_pretrained(folder / name).eval()
+        # The merged weight is rounded once more.
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+    print("merged", name)
+
+
+def test_adapters_are_trained_pushed_loaded_and_merged(hub, tmp_path):
+    """For every architecture, by the unmodified client in a process whose Hub is the server."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import *\nfor name in SMALL: adapt(name, Path.cwd())"],
+        cwd=tmp_path,
+        env=hub.environment(tmp_path / "home", token=hub.user.token, PYTHONPATH=str(ROOT)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert re.findall(r"^merged (.*)", child.stdout, re.MULTILINE) == list(SMALL)
+    for name in SMALL:
+        files = hub.files(f"ada/{name}-adapter")
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+        assert "model.safetensors" not in files
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == f"ada/{name}"
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_classifier_answers_in_a_pipeline(name, tmp_path):
+    """Rows of unequal length come together in a batch; the library pads them."""
+    words = tokenizer()
+    labels = {0: "no", 1: "yes", 2: "open"}
+    config = make_model(name, **SMALL[name]).config
+    config.update({"vocab_size": len(words), "id2label": labels, "label2id": {v: k for k, v in labels.items()}})
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    answers = pipeline("text-classification", model=str(tmp_path), top_k=None)(TEXTS, batch_size=3)
+    for text, found in zip(TEXTS, answers, strict=True):
+        with torch.no_grad():
+            chances = model(torch.tensor([words(text)["input_ids"]])).logits[0].softmax(-1)
+        expected = {labels[index]: chance for index, chance in enumerate(chances.tolist())}
+        assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason=skips.NO_TORCHAO)
 @pytest.mark.parametrize("name", SMALL)
 def test_loads_with_weights_of_8_bits(name, tmp_path):
@@ -34,7 +127,7 @@ def test_loads_with_weights_of_8_bits(name, tmp_path):
 
     model = make_model(name, **SMALL[name]).eval()
     model.save_pretrained(tmp_path / "float32")
-    batch = {key: value[:2] for key, value in make_batch(name).items()}
+    batch = small_batch(name)
     options = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
     quantised = CASES[name][0].from_pretrained(tmp_path / "float32", **options)
     linear = [module for module in quantised.modules() if type(module) is torch.nn.Linear]

@@ -347,7 +347,8 @@ class InContextTransformerModel(InContextTransformerPreTrainedModel):
         if not 1 <= num_points <= max_points:
             raise ValueError(f"input_values hold {num_points} points; there must be 1 to max_points={max_points}")
         values = context_values.unsqueeze(-1) if context_values.ndim == 2 else context_values
-        if values.shape not in [(batch_size, count, n_outputs) for count in (num_points, num_points - 1)]:
+        fits = values.ndim == 3 and values.shape[0] == batch_size and values.shape[2] == n_outputs
+        if not (fits and num_points - 1 <= values.shape[1] <= num_points):
             raise ValueError(
                 f"context_values of shape {tuple(context_values.shape)} must be (batch_size, num_points, n_outputs), "
                 f"with or without the last point, where batch_size={batch_size}, num_points={num_points} and "

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -278,10 +278,13 @@ class VanillaTransformerPositionalEncoding(nn.Module):
         if self.learned is None:
             positions = sinusoidal_positions(position_ids, inputs_embeds.shape[-1], inputs_embeds.dtype)
         else:
-            torch_compilable_check(
-                position_ids < self.learned.num_embeddings,
-                f"a sequence is longer than max_position_embeddings={self.learned.num_embeddings} learned positions",
-            )
+            fits = position_ids < self.learned.num_embeddings
+            rule = f"a sequence is longer than max_position_embeddings={self.learned.num_embeddings} learned positions"
+            if is_torchdynamo_compiling():
+                # The library's check asks for a number, at which a compiled graph ends.
+                torch._assert_async(fits.all(), rule)
+            else:
+                torch_compilable_check(fits, rule)
             positions = self.learned(position_ids)
         return self.dropout(inputs_embeds * self.scale + positions)
 

@@ -668,7 +668,10 @@ def test_ticks_at_once_equal_the_modules(overrides, mode, batch_size, passes):
     plain = differentiated(module_by_module(machine()), inputs, **options)
     assert len(passes) == (3 if mode == "stopping" else 1)
     checkpointed = machine()
-    checkpointed.activation_checkpointing_enable()
+    enable = (
+        getattr(checkpointed, "activation_checkpointing_enable", None) or checkpointed.gradient_checkpointing_enable
+    )
+    enable()
     recomputed = differentiated(checkpointed, inputs, **options)
     assert passes[-1].recomputes is (mode == "training")
 
@@ -1320,8 +1323,12 @@ def test_neuron_pairs():
     assert len(draw_neurons(small_config(n_synch_out=50))["out"][0]) == 50
 
 
-def test_training_step_compiles_into_one_graph():
-    model = ContinuousThoughtMachineForTokenClassification(small_config(iterations=2)).train()
+@pytest.mark.parametrize(
+    "model_class",
+    [ContinuousThoughtMachineForTokenClassification, HyperContinuousThoughtMachineForTokenClassification],
+)
+def test_training_step_compiles_into_one_graph(model_class):
+    model = model_class(small_config(model_class.config_class, iterations=2)).train()
     batch = {"input_features": features().float(), "labels": torch.zeros(3, 4, dtype=torch.long)}
     expected = model(**batch).loss
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).loss
