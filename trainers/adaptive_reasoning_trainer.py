@@ -1,5 +1,6 @@
 """The Trainer of every sequence-to-sequence model here: a loss of several parts, and evaluation by generation."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -87,7 +88,8 @@ class AdaptiveReasoningTrainer(RunTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
+        own = (batch for batch in batch_samples if batch is not self._repeated_batch)
+        count = torch.tensor(sum(len(batch["labels"]) for batch in own), device=device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             count = self.accelerator.gather(count).sum()
         self._num_sequences_in_batch = count
@@ -97,7 +99,7 @@ class AdaptiveReasoningTrainer(RunTrainer):
         if self.reasons_in_steps:
             inputs = {**inputs, "step_cost_weight": self.step_cost_weight()}
             if num_items_in_batch is not None:
-                inputs["num_sequences_in_batch"] = self._num_sequences_in_batch
+                inputs["num_sequences_in_batch"] = math.inf if self.in_repeated_batch else self._num_sequences_in_batch
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -29,13 +29,14 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 import hf_models  # noqa: F401  (registers the architectures)
 
@@ -187,6 +188,12 @@ class RunTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available() or self.use_cpu:
             self.dataloader_pin_memory = False  # pinning serves copies to an accelerator; without one torch warns
         super().__post_init__()
+        splitting = cast(AcceleratorConfig, self.accelerator_config)
+        if not splitting.even_batches or splitting.dispatch_batches:
+            raise ValueError(
+                "training.accelerator_config: even_batches and dispatch_batches must keep their defaults; every "
+                "process reads its own part of a batch, and examples repeated to fill the last one do not count"
+            )
         # With several GPUs in sight and no launcher the library would fall back to `DataParallel`.
         self._n_gpu = min(self.n_gpu, 1)
 

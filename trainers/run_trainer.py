@@ -1,12 +1,15 @@
 """What the Trainers of all kinds of models share: the parts of a loss in the log, the run folder, its checkpoints."""
 
+import math
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import find_batch_size, slice_tensors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
@@ -21,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 NEVER = 2**62
+IGNORED_LABEL = -100
 
 
 class RunTrainer(Trainer):
@@ -29,6 +33,7 @@ class RunTrainer(Trainer):
     - `layerwise_lr_decay` makes the learning rate fall from the head down, see [`layerwise_parameter_groups`].
     - The parts of the loss that `loss_parts` names are logged beside `loss`, averaged over the same updates and
       processes; a subclass may note others with [`note_loss_part`].
+    - Every example of an epoch counts once, on any number of processes, see [`get_batch_samples`].
     - A loss that is not finite ends the training with a [`UserError`] that says at which update and what to change.
       It does so before anything is logged, measured or saved after it. (In fp16 the library's loss scaling skips such
       updates, and training goes on.)
@@ -47,6 +52,8 @@ class RunTrainer(Trainer):
         self._loss_parts_since: int | None = None
         # The first update whose loss was not finite, kept on the device: looking at every loss would wait for it.
         self._broken_update = torch.full((), NEVER, device=self.args.device)
+        self._repeated_batch: Mapping[str, Any] | None = None
+        self.in_repeated_batch = False
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is not None or self.args.layerwise_lr_decay is None:
@@ -64,6 +71,35 @@ class RunTrainer(Trainer):
         )
         self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As the library's, without the examples that accelerate repeats.
+
+        In an epoch's last batch there may be too few examples for all processes, and accelerate fills up with those
+        that the epoch began with (`even_batches`; without it the processes with nothing left would keep the others
+        waiting). Here they are taken out again, so that the batches of an update hold the same examples on one process
+        as on many, and its loss is divided by their labels. A process that is left with none keeps one example to stay
+        in step: its labels are ignored, and [`training_step`] lets it count for nothing.
+        """
+        self._repeated_batch = None
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        processes = self.accelerator.num_processes
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        if processes == 1 or not is_last or self.args.dataloader_drop_last:
+            return batch
+        size = find_batch_size(batch)
+        left = len(self.train_dataset) % (size * processes)  # type: ignore[arg-type]
+        if left == 0:
+            return batch
+        # The examples fill one process's batch after the other's.
+        own = min(max(left - size * self.accelerator.process_index, 0), size)
+        batch = slice_tensors(batch, slice(max(own, 1)))
+        if own == 0:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED_LABEL)  # type: ignore[index]
+            self._repeated_batch = batch
+        return batch
 
     def process_scale(self, num_items_in_batch: torch.Tensor | int | None) -> int:
         """What a process multiplies its share of a loss with, so that the mean over processes is the whole.
@@ -111,6 +147,10 @@ class RunTrainer(Trainer):
         return output.predictions, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.in_repeated_batch = inputs is self._repeated_batch
+        if self.in_repeated_batch:
+            # Every part of the loss is divided by it, and so is every gradient.
+            num_items_in_batch = torch.full((), math.inf, device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         update = torch.where(torch.isfinite(loss), NEVER, self.state.global_step + 1)
         self._broken_update = torch.minimum(self._broken_update, update)

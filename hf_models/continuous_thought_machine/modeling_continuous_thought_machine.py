@@ -438,7 +438,7 @@ class ContinuousThoughtMachineHyperLinear(nn.Linear):
         self.rank = rank
         self.hyper_v = nn.Parameter(torch.empty(rank * context_size, in_features))
         self.hyper_u = nn.Parameter(torch.empty(out_features, rank * context_size))
-        self.gate = nn.Parameter(torch.empty(()))
+        self.gate = nn.Parameter(torch.empty(1))  # a scalar could not be sharded
 
     def forward(self, inputs: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Outputs for inputs of shape `(batch_size, in_features)` and contexts `(batch_size, context_size)`."""

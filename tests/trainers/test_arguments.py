@@ -104,6 +104,11 @@ def test_inherit_stays_among_the_recipes(tmp_path):
         ({}, ("--log_level", "loud"), "training.log_level: 'loud' is not one of detail, debug"),
         ({}, ("--metric_for_best_model", "bleu"), "training.metric_for_best_model is bleu; it must be one of accuracy"),
         ({}, ("--accelerator_config", "no.json"), "training: [Errno 2] No such file or directory: 'no.json'"),
+        (
+            {"training": {"accelerator_config": {"even_batches": False}}},
+            (),
+            "training.accelerator_config: even_batches and dispatch_batches must keep their defaults",
+        ),
         ({}, ("--hub_token", "hf_x"), "training.hub_token cannot be set here: push_to_hub.py uploads a finished run"),
         ({"training": {"push_to_hub": True}}, (), "training.push_to_hub cannot be set here"),
         ({"training": {"label_smoothing_factor": 0.1}}, (), "it is the model's: model.label_smoothing"),

@@ -98,7 +98,7 @@ def ctc_losses(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         predictions (`torch.FloatTensor` of shape `(batch_size, classes, T)`): Logits.
-        labels (`torch.LongTensor` of shape `(batch_size, P)`): Classes without 0.
+        labels (`torch.LongTensor` of shape `(batch_size, P)`): Classes without 0, -100 behind the end of an answer.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`, in nats.
@@ -108,7 +108,7 @@ def ctc_losses(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         predictions.permute(2, 0, 1).float().log_softmax(dim=-1),
         labels,
         torch.full((batch_size,), num_ticks),
-        torch.full((batch_size,), labels.shape[1]),
+        (labels != IGNORED_LABEL).sum(dim=1),
         blank=NOTHING,
         reduction="none",
         zero_infinity=True,
