@@ -7,6 +7,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from transformers import AutoModelForSeq2SeqLM
 
 from trainers.arguments import parse_recipe
@@ -54,7 +60,43 @@ def test_every_recipe_is_in_the_list():
     assert not missing, "add the recipe with its command, hardware, time and result to recipes/README.md"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_accelerate_config_loads(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+# What accelerate's launcher makes of each configuration. Those for GPUs are read and checked, and not run.
+LAUNCHED = {
+    "cpu": {"use_cpu": True, "num_processes": 1},
+    "multi_cpu": {"use_cpu": True, "multi_gpu": True, "num_processes": 2},
+    "single_gpu": {"use_cpu": False, "num_processes": 1},
+    "multi_gpu": {"use_cpu": False, "multi_gpu": True, "num_processes": 2},
+    "fsdp2": {"use_fsdp": True, "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+    "deepspeed_zero2": {"use_deepspeed": True, "zero_stage": 2, "zero3_init_flag": False},
+    "deepspeed_zero3": {"use_deepspeed": True, "zero_stage": 3, "zero3_save_16bit_model": True},
+}
+
+
+def test_every_accelerate_config_is_known():
+    configs = {path.stem for path in (ROOT / "recipes" / "accelerate_configs").iterdir()}
+    assert configs == set(LAUNCHED)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("config", LAUNCHED)
+def test_accelerate_takes_the_config(config, precision):
+    """Read and checked by the launcher, short of starting processes, alone and with a precision for it."""
+    path = ROOT / "recipes" / "accelerate_configs" / f"{config}.yaml"
+    assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    words = ["--config_file", str(path), *([] if precision == "no" else ["--mixed_precision", precision])]
+    arguments = launch_command_parser().parse_args([*words, "-m", "trainers.train", "recipes/quickstart.yaml"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    for name, value in LAUNCHED[config].items():
+        assert getattr(arguments, name) == value, name
+    assert arguments.mixed_precision == precision
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        command, environment = prepare_deepspeed_cmd_env(arguments)
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(LAUNCHED[config]["zero_stage"])
+    elif arguments.multi_gpu or arguments.use_fsdp:
+        environment = prepare_multi_gpu_env(arguments)
+    else:
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        assert command[-3:] == ["-m", "trainers.train", "recipes/quickstart.yaml"]
+    assert environment.get("FSDP_VERSION") == ("2" if config == "fsdp2" else None)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == precision
