@@ -544,7 +544,7 @@ def _decoded(row: Row, name: str) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise row.error(name, f"must be a list, an object or JSON text of one: {error}") from error
     return value
 

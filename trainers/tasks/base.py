@@ -1,6 +1,7 @@
 """What a task is: checked examples, their encoding, the rule that scores a prediction, the trivial score to beat."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -366,6 +367,8 @@ def build_options(options_class: type, values: Mapping[str, Any]) -> Any:
         if name not in known:
             rule = f"known options: {', '.join(known)}" if known else "this task has no options"
             raise UserError(f"task.options: unknown option {name!r}{did_you_mean(str(name), known)}; {rule}")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise UserError(f"task.options: {name} is {values[name]}; it must be a finite number")
     try:
         return options_class(**values)
     except StrictDataclassError as error:
