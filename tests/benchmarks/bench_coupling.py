@@ -207,6 +207,8 @@ def measure(options: argparse.Namespace) -> None:
             continue
         products = found.cost["gram_cpu_seconds"] / found.cost["capture_cpu_seconds"]
         line = f"{form}: stream {found.stream['name']}, products take {products:.2f} of the gradients' time"
+        if error := found.stream.get("error"):
+            line += f", error {error['rms']:.4f} (rms) and {error['max']:.4f} (most) of {error['pairs']} pairs"
         figures: dict[str, object] = {"form": form, "stream": found.stream, "products_over_gradients": products}
         if "plain" in forms:
             rms, largest = differences(results["plain"], torch.from_numpy(found.matrix))
