@@ -171,6 +171,7 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     needs_tokenizer: bool = True,
+    may_lack: Callable[[str], bool] | None = None,
     option: str = "model",
 ) -> tuple[PreTrainedModel, Tokenizer | None]:
     """A model in evaluation mode, and its tokenizer.
@@ -187,11 +188,13 @@ def load_model(
         device_map: how accelerate spreads the model over devices, for instance `"auto"`, in place of `device`.
         attn_implementation: attention kernel, for instance `"eager"`; by default the library's choice.
         needs_tokenizer: whether a missing tokenizer is a mistake. If not, it is `None` where there is none.
+        may_lack: by its name, whether a tensor may be absent from the files, so that it keeps random values; by default
+            none may.
         option: what the caller names the argument, for messages.
 
     Raises:
         UserError: in one line, whatever goes wrong: no such model, no access, no network, code that is not trusted,
-            files that do not fit, no tokenizer, no such device.
+            files that do not fit or lack a tensor, no tokenizer, no such device.
     """
     name, options = locate(name_or_path, option)
     is_folder = Path(name).is_dir()
@@ -208,13 +211,20 @@ def load_model(
         config = AutoConfig.from_pretrained(name, **options)
         loader: Any = auto_class or saved_class
         loader = loader if hasattr(loader, "from_pretrained") else loader(config)
-        model = loader.from_pretrained(name, **options, **model_options)
+        model, loaded = loader.from_pretrained(name, **options, **model_options, output_loading_info=True)
     except LOADING_ERRORS as error:
         source = "" if is_folder else "there is no such folder, and as a Hub id: "
         reason = one_line(error)[:300]
         if "trust_remote_code" in str(error):
             source, reason = "", "it brings code of its own, which runs only with trust_remote_code"
         raise UserError(f"{option}: cannot load {name_or_path!r}: {source}{reason}") from error
+    lacking = sorted(key for key in loaded["missing_keys"] if may_lack is None or not may_lack(key))
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise UserError(
+            f"{option}: the weights of {name_or_path!r} lack {lacking[0]}{more}, which a {type(model).__name__} has; "
+            "random values would stand in for them"
+        )
     tokenizer = None
     if needs_tokenizer or not is_folder or any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         try:

@@ -118,7 +118,8 @@ def fill_reader(model: PreTrainedModel, recipe: Recipe) -> int:
         UserError: if the weights cannot be loaded, or the reader has one that they do not hold.
     """
     assert recipe.reader is not None
-    field = "model.reader"
+    reader = model.get_encoder().reader.model
+    held = reader.state_dict().keys()
     pretrained, _ = load_model(
         recipe.reader,
         auto_class=AutoModel,
@@ -126,16 +127,11 @@ def fill_reader(model: PreTrainedModel, recipe: Recipe) -> int:
         dtype=torch.float32,
         device="cpu",
         needs_tokenizer=False,
-        option=field,
-    )
-    reader = model.get_encoder().reader.model
-    try:
         # Layers that are not kept, and what makes a state of the whole row, are left over.
-        missing, _ = reader.load_state_dict(pretrained.state_dict(), strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{field}: {recipe.reader!r} does not fit: {one_line(error)[:300]}") from error
-    if missing:
-        raise UserError(f"{field}: {recipe.reader!r} holds no {missing[0]}, which its configuration asks for")
+        may_lack=lambda name: name not in held,
+        option="model.reader",
+    )
+    reader.load_state_dict({name: value for name, value in pretrained.state_dict().items() if name in held})
     return reader.num_parameters()
 
 
@@ -194,6 +190,7 @@ def embeddings_from(
         trust_remote_code=trust_remote_code,
         dtype=torch.float32,
         device="cpu",
+        may_lack=lambda name: "pooler" in name,  # which a checkpoint with a language-model head is saved without
         option=field,
     )
     assert reader is not None  # `load_model` raises without one

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -77,10 +78,28 @@ def test_options(tmp_path):
     model, tokenizer = load_model(str(tmp_path), dtype=torch.float64, attn_implementation="eager", device="cpu")
     assert (model.dtype, model.config._attn_implementation) == (torch.float64, "eager")
     assert tokenizer("a b")["input_ids"] == [4, 5, 2]
-    encoder, _ = load_model(str(tmp_path), auto_class=AutoModelForSequenceClassification, device="cpu")
+    new_head = {"auto_class": AutoModelForSequenceClassification, "device": "cpu"}
+    encoder, _ = load_model(str(tmp_path), may_lack=lambda name: name.startswith("classifier."), **new_head)
     assert type(encoder).__name__ == "VanillaTransformerForSequenceClassification"
     model, _ = load_model(str(tmp_path), auto_class=language_model_class, device="cpu")
     assert type(model).__name__ == "VanillaTransformerForConditionalGeneration"
+
+
+def test_weights_without_a_tensor_are_refused(tmp_path):
+    """Random values in its place would be scored, traced and analysed like learned ones."""
+    save(tmp_path, "vanilla_transformer")
+    weights = load_file(tmp_path / "model.safetensors")
+    first, second = sorted(weights)[:2]
+    lacking = {name: value for name, value in weights.items() if name not in (first, second)}
+    save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_model(str(tmp_path), needs_tokenizer=False, device="cpu")
+    assert str(caught.value) == (
+        f"model: the weights of {str(tmp_path)!r} lack {first} and 1 more, which a "
+        "VanillaTransformerForConditionalGeneration has; random values would stand in for them"
+    )
+    with pytest.raises(UserError, match=f"lack {second}, which"):
+        load_model(str(tmp_path), needs_tokenizer=False, device="cpu", may_lack=lambda name: name == first)
 
 
 def test_a_configuration_without_a_known_class():
