@@ -319,13 +319,13 @@ class VanillaTransformerConfig(PreTrainedConfig):
             head, shared["is_encoder_decoder"] = "ConditionalGeneration", True
             shared.pop("num_decoder_layers", None)
         settings = {"norm_position": "pre", "position_embedding_type": "learned"} | shared | fixed
+        # One configuration whose sizes change: what is counted needs no more, and building each takes long.
+        trial = cls(**settings)
         own_width = settings.get("hidden_size", cls.hidden_size)
         head_size = own_width // settings.get("num_attention_heads", cls.num_attention_heads)
         unit = 64 if own_width > 64 else max(1, head_size)
 
         layer_numbers = [fixed["num_hidden_layers"]] if "num_hidden_layers" in fixed else range(1, 25)
-        # One configuration whose sizes change: what is counted needs no more, and building each takes long.
-        trial = cls(**settings)
         best: tuple[float, dict] | None = None
         for width in [own_width] if "hidden_size" in fixed else [own_width, *range(unit, MAX_MATCHED_WIDTH, unit)]:
             heads = settings.get("num_attention_heads", cls.num_attention_heads)

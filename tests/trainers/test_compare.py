@@ -35,7 +35,7 @@ from trainers.arguments import parse_recipe
 from trainers.comparison.cells import Cell, CellFolder, Estimate, Outcome, Worker, run_cell, run_cells
 from trainers.comparison.cost import forward_flops
 from trainers.comparison.figures import all_charts
-from trainers.comparison.matching import _check_counts, matched_fields, trainable_parameters
+from trainers.comparison.matching import _check_counts, matched_fields, prepare, trainable_parameters
 from trainers.comparison.plan import (
     LEAST_SEEDS,
     TUNABLE,
@@ -502,6 +502,49 @@ def test_matched_models_get_solved_sizes(monkeypatch, tmp_path):
         matched_fields(CONNECTION, reference)
 
 
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        ({"droput": 0.1}, r"unknown field model.droput; did you mean 'dropout'\?"),
+        ({"hidden_size": "16"}, "model.hidden_size: expected int, got '16'"),
+        (
+            {"model_type": "vanila_transformer"},
+            "model.model_type: unknown architecture 'vanila_transformer'; did you mean",
+        ),
+        ({"hidden_size": 512, "num_hidden_layers": 9}, r"matched_to: no sizes with .*hidden_size=512.* come within 1"),
+        ({"num_attention_heads": 0}, "matched_to: num_attention_heads: Value must be a positive integer, got 0"),
+    ],
+)
+def test_models_that_cannot_be_matched(model, rule, tmp_path, capsys):
+    fixed = {name: value for name, value in VANILLA.items() if name in ("model_type", "max_position_embeddings")}
+    models = {"connection": {"model": CONNECTION}, "vanilla": {"model": fixed | model, "matched_to": "connection"}}
+    assert run(write_comparison(tmp_path, models=models, parameters="matched"), tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert re.search(f"^error: chase, vanilla: {rule}", message)
+    assert message.count("\n") == 1
+
+
+def test_what_is_no_size_is_kept_beside_the_solved_ones():
+    reference = AutoConfig.for_model(**CONNECTION, vocab_size=40)
+    fields = {"model_type": "vanilla_transformer", "embeddings_from": "ann/model", "dropout": 0.3}
+    solved = matched_fields(fields, reference)
+    assert solved.items() >= fields.items()
+    assert solved["hidden_size"] == CONNECTION["hidden_size"]
+
+
+def test_only_text_models_are_matched_and_counted_before_training(tmp_path):
+    machine = {"model_type": "continuous_thought_machine", "d_model": 16, "memory_length": 3, "iterations": 3}
+    parity = {"name": "parity", "options": {"length": 6, "num_train": 20, "num_validation": 5, "num_test": 5}}
+    models = {"small": {"model": machine}, "large": {"model": machine | {"d_model": 32}}}
+    shared = {"tasks": {"p": {"task": parity}}, "parameters": "matched"}
+    comparison = read_comparison(write_comparison(tmp_path, models=models, **shared))
+    prepare(comparison, comparison.cells(), comparison.tasks)
+    models["large"] = {"model": machine, "matched_to": "small"}
+    comparison = read_comparison(write_comparison(tmp_path, models=models, **shared))
+    with pytest.raises(UserError, match=r"^p, large: matched_to: small does not take part or is no text model$"):
+        prepare(comparison, comparison.cells(), comparison.tasks)
+
+
 def test_unmatched_parameters_are_refused(tmp_path, capsys):
     recipe = write_comparison(tmp_path, parameters="matched")
     assert run(recipe, tmp_path / "out") == 2
@@ -603,6 +646,10 @@ def test_data_folders_are_found(tmp_path):
         ({"models": {"a": {"model": VANILLA, "tasks": ["chess"]}}}, "no task 'chess'; did you mean 'chase'"),
         ({"models": {"a": {"model": VANILLA, "matched_to": "a"}}}, "no other model"),
         ({"models": {"a": {"model": VANILLA, "recipe": "gone.yaml"}}}, "cannot read the recipe"),
+        (
+            {"models": {"a": {"model": VANILLA}, **{n: {"model": VANILLA, "matched_to": m} for n, m in ("ba", "cb")}}},
+            "models.c.matched_to: b is itself matched to another model",
+        ),
         ({"tasks": {"t": {}}}, "task.name is missing"),
         ({"tasks": {"t": {"task": CHASE, "models": {"x": {}}}}}, "no model 'x'"),
         ({"claimed": [{"results": {}}]}, "source is missing"),

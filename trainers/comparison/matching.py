@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..arguments import Recipe, model_fields, parse_recipe, user_errors_from_validation
-from ..errors import UserError, one_line
+from ..arguments import (
+    Recipe,
+    check_value,
+    kind_of,
+    model_fields,
+    parse_recipe,
+    section_fields,
+    user_errors_from_validation,
+)
+from ..errors import UserError, did_you_mean, one_line
 from ..pretrained import reader_fields
 from ..sequence_to_sequence import KIND, make_tokenizer
 from ..tasks import Task
@@ -74,30 +83,34 @@ def matched_fields(fields: dict[str, Any], reference: PreTrainedConfig) -> dict[
         reference: the other's configuration, with its vocabulary.
 
     Raises:
-        UserError: if the architecture cannot be matched to another, or not with these fields.
+        UserError: if a field is unknown or of another type, or the architecture cannot be matched to another, or not
+            with these fields.
     """
+    model_type = fields["model_type"]
+    known = section_fields("model", kind_of(model_type), model_type)
+    for name, value in fields.items():
+        if name not in known:
+            raise UserError(f"unknown field model.{name}{did_you_mean(name, known)}")
+        check_value(f"model.{name}", value, known[name])
     fixed = {name: value for name, value in fields.items() if name != "model_type"}
-    config_class = type(AutoConfig.for_model(fields["model_type"]))
+    config_class, of_config = type(AutoConfig.for_model(model_type)), model_fields(model_type)
     solve = getattr(config_class, "matched_to", None)
     if solve is None:
-        raise UserError(f"matched_to: a {fields['model_type']} cannot be matched to another model; give its sizes")
+        raise UserError(f"matched_to: a {model_type} cannot be matched to another model; give its sizes")
     accepted = inspect.signature(solve).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-    passed = {name: value for name, value in fixed.items() if takes_any or name in accepted}
+    passed = {name: value for name, value in fixed.items() if name in of_config and (takes_any or name in accepted)}
     try:
         config = solve(reference, **passed)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"matched_to: {one_line(error)}") from error
-    defaults, decided = (
-        config_class(),
-        {"vocab_size", *(n for n in model_fields(fields["model_type"]) if "token_id" in n)},
-    )
+    defaults, decided = config_class(), {"vocab_size", *(name for name in of_config if "token_id" in name)}
     solved = {
         name: getattr(config, name)
-        for name in model_fields(fields["model_type"])
+        for name in of_config
         if name not in decided and getattr(config, name) != getattr(defaults, name)
     }
-    return {"model_type": fields["model_type"], **solved, **{name: fixed[name] for name in fixed if name not in passed}}
+    return {"model_type": model_type, **solved, **{name: fixed[name] for name in fixed if name not in passed}}
 
 
 def prepare(

@@ -124,7 +124,8 @@ class Plan:
             examples is always run.
         tokenizer, training, evaluation: for all cells.
         parameters: `matched` refuses models whose trainable parameters differ by more than `tolerance`; `free` states
-            the difference.
+            the difference. Only text models built from a configuration are counted before training; the report marks
+            the others that are not matched.
         tolerance: largest relative difference in trainable parameters.
         confidence: level of intervals; 1 minus it is the level of the tests.
         resamples: bootstrap samples and permutations.
