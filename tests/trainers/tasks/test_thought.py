@@ -3,6 +3,7 @@
 import sys
 import types
 
+import datasets
 import networkx as nx
 import numpy as np
 import pytest
@@ -50,8 +51,9 @@ def test_unknown_task_and_options():
         task("parity", data_dir="somewhere")
     with pytest.raises(UserError, match=r"task.hub_id: the task mazes does not read it"):
         task("mazes", hub_id="someone/mazes")
-    with pytest.raises(StrictDataclassError, match="max_train_samples is 0"):
-        ThoughtTaskArguments(name="parity", max_train_samples=0)
+    for field, value in (("max_train_samples", 0), ("split_seed", -1), ("validation_fraction", 1)):
+        with pytest.raises(StrictDataclassError, match=f"{field} is {value}; it must "):
+            ThoughtTaskArguments(name="parity", **{field: value})
 
 
 @pytest.mark.parametrize("name", ["parity", "mazes", "sorting"])
@@ -199,6 +201,20 @@ class TestMazes:
         rows = list(mazes.fingerprint_rows({"test": mazes.examples("test")}))
         assert rows[0][:2] == ["test", "test/0/0.png"]
 
+    def test_folder_with_a_validation_split(self, folder):
+        """What comes in a later split is in no earlier one, by the walls and not by the file."""
+        (folder / "validation" / "0").mkdir(parents=True)
+        for number, source in enumerate(("train/0/2.png", "train/0/3.png", "test/0/1.png")):
+            (folder / "validation" / "0" / f"{number}.png").write_bytes((folder / source).read_bytes())
+        mazes = task("mazes", {"route_length": 8}, data_dir=str(folder))
+        assert mazes.source == "local PNG files of mazes"
+        assert mazes.examples("validation").names == ["validation/0/0.png", "validation/0/1.png"]
+        assert mazes.examples("train").names == [f"train/0/{number}.png" for number in (0, 4, 5, 6, 7)]
+        for file in (folder / "train" / "0").iterdir():
+            file.write_bytes((folder / "test" / "0" / "0.png").read_bytes())
+        with pytest.raises(UserError, match=r"^task.data_dir: .* leaves no mazes for train$"):
+            task("mazes", {"route_length": 8}, data_dir=str(folder)).examples("train")
+
     def spoil(self, folder, change):
         file = folder / "test" / "0" / "1.png"
         pixels = np.array(Image.open(file))
@@ -270,7 +286,7 @@ class TestImages:
         images = task("images", data_dir=str(tmp_path))
         images.examples("train")
         with pytest.raises(
-            UserError, match=r"test, row 1, image: has 7x7 pixels, others 5x6; give task.options image_"
+            UserError, match=r"/test/blue/0.png: has 7x7 pixels, others 5x6; give task.options image_size"
         ):
             images.examples("test")
         resized = task("images", {"image_size": 4}, data_dir=str(tmp_path))
@@ -297,11 +313,81 @@ class TestImages:
         images_in(tmp_path, "test")
         with pytest.raises(UserError, match=r"label_column is 'lable'; did you mean 'label'\?"):
             task("images", {"label_column": "lable"}, data_dir=str(tmp_path)).classes  # noqa: B018
+        loose = tmp_path / "loose"
+        for split in ("train", "test"):
+            (loose / split).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(loose / split / "0.png")
+        with pytest.raises(
+            UserError, match=r"loose holds images directly in test, train; they must lie in a folder for"
+        ):
+            task("images", data_dir=str(loose)).classes  # noqa: B018
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=r"^task.data_dir: cannot load the images: "):
+            task("images", data_dir=str(tmp_path / "empty")).classes  # noqa: B018
         few = task("images", data_dir=str(tmp_path))
         loaded, *columns = few.load()
         few.load = lambda: ({**loaded, "train": loaded["train"].select([0])}, *columns)
         with pytest.raises(UserError, match="1 training images leave none"):
             few.examples("train")
+
+    def test_a_split_for_validation_and_fewer_images(self, tmp_path):
+        for split, number in (("train", 6), ("validation", 4), ("test", 3)):
+            images_in(tmp_path, split, number=number)
+        images = task("images", data_dir=str(tmp_path), max_train_samples=5, max_test_samples=2)
+        assert [len(images.examples(split)) for split in SPLITS] == [5, 8, 2]
+        again = task("images", data_dir=str(tmp_path), max_train_samples=5)
+        names = [images.examples("train").identity(index) for index in range(5)]
+        assert names == [again.examples("train").identity(index) for index in range(5)], "the same are drawn again"
+        assert names != [f"train-{row}" for row in range(1, 6)], "not the first, which are all of one class"
+        other = task("images", {"test_split": "validation"}, data_dir=str(tmp_path), validation_fraction=0.25)
+        assert [len(other.examples(split)) for split in SPLITS] == [9, 3, 8]
+
+    def test_files_that_are_no_images(self, tmp_path):
+        images_in(tmp_path, "train")
+        images_in(tmp_path, "test")
+        file = tmp_path / "test" / "red" / "1.png"
+        content = bytearray(file.read_bytes())
+        content[45] ^= 255
+        for damaged in (b"", b"no image", bytes(content)):
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"/test/red/1.png: cannot be read as an image$"):
+                task("images", data_dir=str(tmp_path)).examples("test")
+
+    def test_a_data_set_of_the_hub(self, monkeypatch):
+        asked = []
+        picture = Image.new("RGB", (4, 4), "red")
+
+        def made(labels, pictures=None, **more):
+            columns = {"picture": [picture] * len(labels) if pictures is None else pictures, "label": labels, **more}
+            kinds = {name: datasets.ClassLabel(names=["a", "b"]) for name in columns if name != "picture"}
+            rows = datasets.Dataset.from_dict(columns, datasets.Features(picture=datasets.Image(), **kinds))
+            return datasets.DatasetDict(train=rows, test=rows)
+
+        def load(*names, **options):
+            asked.append((names, options))
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr("datasets.load_dataset", load)
+        found = made([0, 1, 1, -1])
+        images = task("images", hub_id="ann/pictures", hub_config="small", hub_revision="v1")
+        assert images.source == "ann/pictures (small) at v1"
+        with pytest.raises(
+            UserError, match=r"^ann/pictures \(small\) at v1, test, row 4, label: -1 is none of the 2 c"
+        ):
+            images.examples("test")
+        assert asked == [(("ann/pictures", "small"), {"revision": "v1"})]
+        found = made([0, 1], [picture, None])
+        with pytest.raises(UserError, match=r"^ann/pictures, test, row 2, image: cannot be read as an image$"):
+            task("images", hub_id="ann/pictures").examples("test")
+        found = made([0, 1], other=[1, 0])
+        with pytest.raises(UserError, match=r"give label_column; columns of ann/pictures with a .*: label, other"):
+            task("images", hub_id="ann/pictures").examples("test")
+        assert len(task("images", {"label_column": "other"}, hub_id="ann/pictures").examples("test")) == 2
+        found = ConnectionError("no\nnetwork")
+        with pytest.raises(UserError, match=r"^task.hub_id: cannot load the images: no network$"):
+            task("images", hub_id="ann/pictures").examples("test")
 
 
 class TestDigits:

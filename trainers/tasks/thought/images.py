@@ -1,5 +1,6 @@
 """Image classification: any image data set of the Hub, a folder of images, or scikit-learn's small digits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,16 +124,20 @@ class ImageTask(ThoughtTask):
             self._examples[split] = ImageExamples(self, split)
         return self._examples[split]
 
-    def prepared(self, image: Image.Image, split: str, row: int) -> torch.Tensor:
-        """An image as the model reads it, of shape `(3, height, width)`; all must be of one size."""
+    def prepared(self, image: Image.Image, place: Callable[[], str]) -> torch.Tensor:
+        """An image as the model reads it, of shape `(3, height, width)`; all must be of one size.
+
+        Raises:
+            UserError: naming the place of an image of another size, which is asked for only then.
+        """
         pixels = self.image_processor()(image, return_tensors="pt")["pixel_values"][0]
         shape = (int(pixels.shape[1]), int(pixels.shape[2]))
         if self._shape is None:
             self._shape = shape
         if shape != self._shape:
             raise UserError(
-                f"{self.source}, {split}, row {row}, image: has {shape[0]}x{shape[1]} pixels, others "
-                f"{self._shape[0]}x{self._shape[1]}; give task.options image_size to resize them all"
+                f"{place()}: has {shape[0]}x{shape[1]} pixels, others {self._shape[0]}x{self._shape[1]}; give "
+                "task.options image_size to resize them all"
             )
         return pixels
 
@@ -164,16 +169,21 @@ class ImageExamples(ThoughtExamples):
         try:
             return self.rows[index]["image"].convert("RGB")
         except (OSError, AttributeError) as error:
-            raise UserError(
-                f"{self.task.source}, {self.split}, row {self.numbers[index]}, image: cannot be read as an image"
-            ) from error
+            raise UserError(f"{self.place(index)}: cannot be read as an image") from error
+
+    def place(self, index: int) -> str:
+        """Where an image is stored: its file, or the row of a data set that has none."""
+        stored = self.rows.cast_column("image", datasets.Image(decode=False))[index]["image"]
+        if stored is not None and stored["path"] is not None and stored["bytes"] is None:
+            return stored["path"]
+        return f"{self.task.source}, {self.split}, row {self.numbers[index]}, image"
 
     def pixels(self, index: int) -> torch.Tensor:
         """The image of an example as the model reads it, of shape `(3, height, width)`."""
         index = range(len(self))[index]
         if self._kept:
             return self._kept[index]
-        return self.task.prepared(self.image(index), self.split, int(self.numbers[index]))
+        return self.task.prepared(self.image(index), lambda: self.place(index))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.pixels(index), "labels": torch.tensor(self._labels[range(len(self))[index]])}
@@ -238,12 +248,25 @@ class Images(ImageTask):
                     f"{self.source} has no split {split!r}{did_you_mean(split, loaded)}; it has "
                     f"{', '.join(map(str, loaded))}"
                 )
+        if arguments.data_dir is not None:
+            self._check_folders(folder, loaded["train"].features)
         found = {"train": loaded["train"], "test": loaded[test]}
         if "validation" in loaded and test != "validation":
             found["validation"] = loaded["validation"]
         features = loaded["train"].features
         image = self._column("image_column", datasets.Image, features)
         return found, image, self._column("label_column", datasets.ClassLabel, features)
+
+    @staticmethod
+    def _check_folders(folder: Path, features: datasets.Features) -> None:
+        """Images directly in the folder of a split would be taken for a class of the split's name."""
+        splits = {path.name for path in folder.iterdir() if path.is_dir()}
+        for feature in features.values():
+            if isinstance(feature, datasets.ClassLabel) and splits.issuperset(feature.names):
+                raise UserError(
+                    f"task.data_dir: {folder} holds images directly in {', '.join(feature.names)}; they must lie in a "
+                    "folder for each class, <split>/<class>/<file>"
+                )
 
     def _column(self, option: str, kind: type, features: datasets.Features) -> str:
         """The column of a kind that an option names, or the only one there is."""
