@@ -129,6 +129,15 @@ def test_inherit_stays_among_the_recipes(tmp_path):
         ({"tokenizer": {"revision": "v1"}}, (), "tokenizer.revision is set, but tokenizer.name_or_path is not"),
         ({"evaluation": {"max_reasoning_steps": 0}}, (), "evaluation.max_reasoning_steps is 0; it must be at least 1"),
         ({}, ("--resume", "--overwrite"), "not allowed with argument --resume"),
+        ({}, ("--confidence", "1"), "evaluation.confidence is 1; it must lie between 0 and 1"),
+        ({}, ("--num_slots", "[8"), "model.num_slots: expected int, got '[8'"),
+        ({}, ("--learning_rate", "high"), "training.learning_rate: expected float, got 'high'"),
+        ({"model": {"embeddings_revision": "v1"}}, (), "model.embeddings_revision is set, but model.embeddings_from"),
+        (
+            {"model": {"embeddings_from": "ann/a", "pretrained": "ann/b"}},
+            (),
+            "model.embeddings_from: model.pretrained brings its own embeddings; leave one of them out",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path, changes, options, message):
@@ -196,6 +205,31 @@ def test_early_stopping_without_the_best_checkpoint(tmp_path):
 def test_recipe_may_stand_behind_options(tmp_path):
     path = write(tmp_path, **RECIPE)
     assert parse_recipe(["--max_steps", "9", str(path)], prog="train").training.max_steps == 9
+
+
+def test_a_second_recipe_is_none(tmp_path):
+    other, path = write(tmp_path, "other.yaml", **RECIPE), write(tmp_path, **RECIPE)
+    with pytest.raises(UserError, match=r"other.yaml' or .*recipe.yaml': give the recipe before the options"):
+        parse_recipe(["--data_dir", str(other), str(path)], prog="train")
+
+
+def test_text_on_the_command_line_stays_text(tmp_path):
+    for given in ("[draft", "2024", "007", "2024-01-01"):
+        recipe = parse(tmp_path, "--data_dir", given, "--task.hub_revision", given)
+        assert (recipe.task.data_dir, recipe.task.hub_revision) == (given, given)
+
+
+def test_a_section_may_be_empty(tmp_path):
+    path = write(tmp_path, **RECIPE, evaluation=None)
+    assert load_yaml(path)["evaluation"] == {}
+    assert parse_recipe([str(path)], prog="train").evaluation.confidence == 0.95
+
+
+def test_a_section_of_another_kind_of_run(tmp_path):
+    sections = {"model": {"model_type": "continuous_thought_machine"}, "task": {"name": "parity"}}
+    path = write(tmp_path, **sections, tokenizer={"vocab_size": 300})
+    with pytest.raises(UserError, match=r"a continuous_thought_machine has no section 'tokenizer'; leave it out$"):
+        parse_recipe([str(path)], prog="train")
 
 
 def test_output_folder_in_the_home_folder(tmp_path, monkeypatch):

@@ -98,11 +98,12 @@ class Reader(ABC):
                 raise row.error("id", f"{name!r} is also the id of row {ids[name]}")
             ids[name] = row.number
             pieces.extend(self.parse(row))
+        what = ", ".join(f"{number} {reason}" for reason, number in sorted(self.left_out.items()))
         if not pieces:
-            raise UserError(f"{source}: {count} row(s) gave no knowledge piece")
+            left_out = f"; left out {what}" if what else ""
+            raise UserError(f"{source}: {count} row(s) gave no knowledge piece{left_out}")
         check_unique(pieces)
-        if self.left_out:
-            what = ", ".join(f"{number} {reason}" for reason, number in sorted(self.left_out.items()))
+        if what:
             logger.info(f"{self.name}: left out {what}")
         return PieceSet(pieces, source, count, dict(self.left_out))
 

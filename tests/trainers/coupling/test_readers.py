@@ -166,6 +166,17 @@ BROKEN = [
     ("knowedit", {"locality": {"Kind": [{"prompt": 1}]}}, r"locality\.Kind\[0\]\.prompt: must be text"),
     ("knowedit", {"portability": {"Kind": "x"}}, r"portability\.Kind: must be a list"),
     ("known_1000", {"relation_id": None}, "relation_id: must be text"),
+    ("hotpotqa", {"context": {"titles": []}}, "context: must hold the lists `title` and `sentences`"),
+    ("hotpotqa", {"context": [["a", [3]]]}, r"context\[0\]: title and sentences must be texts"),
+    ("hotpotqa", {"supporting_facts": 3}, r"supporting_facts: must be a list of \[title, number\], or an object"),
+    ("musique", {"question_decomposition": ["q"]}, r"question_decomposition\[0\]: must be an object"),
+    ("musique", {"paragraphs": ["x"] * 20}, r"paragraphs\[\d+\]: must be an object with paragraph_text"),
+    (
+        "mquake",
+        {"requested_rewrite": [{"prompt": "of {}", "subject": "s", "target_new": "x", "target_true": {"str": "y"}}]},
+        r"requested_rewrite\[0\]\.target_new: must be an object with the text under `str`",
+    ),
+    ("knowedit", {"locality": {"Kind": ["x"]}}, r"locality\.Kind\[0\]: must be an object with prompt and ground_truth"),
 ]
 
 
@@ -185,6 +196,29 @@ def test_a_broken_row_is_named(tmp_path, name, change, message):
     path.write_text(json.dumps([good, row | change]))
     with pytest.raises(UserError, match=rf"rows\.json, row 2, .*{message}"):
         read_pieces(name, path)
+
+
+def test_what_holds_no_fact_is_left_out_and_counted(tmp_path):
+    path = tmp_path / "validation.json"
+    row = {"id": "a", "question": "Who?", "answer": "Ada", "context": [["T", [" ", "Ada wrote."]]]}
+    path.write_text(json.dumps([row | {"supporting_facts": [["T", 0], ["T", 1]]}]))
+    found = read_pieces("hotpotqa", tmp_path)
+    assert [piece.question for piece in found.pieces] == ["Fill in the blank: ___ wrote."]
+    assert found.left_out == {"empty supporting sentences": 1}
+    path.write_text(json.dumps([row | {"supporting_facts": [["T", 0]]}]))
+    with pytest.raises(
+        UserError, match=r"validation.json: 1 row\(s\) gave no knowledge piece; left out 1 empty supporting sentences$"
+    ):
+        read_pieces("hotpotqa", tmp_path)
+    edit = {"prompt": "Ada lives in", "subject": "Ada", "target_new": "Sill", "ground_truth": [["  ", "Oakhaven"]]}
+    queries = [{"prompt": "p", "ground_truth": " "}, {"prompt": "p", "ground_truth": [[]]}]
+    path.write_text(json.dumps([edit | {"portability": None, "locality": {"Kind": queries}}]))
+    found = read_pieces("knowedit", tmp_path)
+    assert [(piece.answer, piece.new_answer) for piece in found.pieces] == [("Sill", None)], "without an old answer"
+    assert found.left_out == {"queries without an answer": 2}
+    hop = {"question": "q", "answer": "a", "paragraph_support_idx": 0}
+    path.write_text(json.dumps([{"id": "a", "question": "q", "paragraphs": [], "question_decomposition": [hop]}]))
+    assert read_pieces("musique", tmp_path).pieces[0].supporting_fact is None
 
 
 def test_repeated_row_ids(tmp_path):

@@ -55,6 +55,57 @@ def test_exact_match(tmp_path):
     assert (task.metric, task.license, task.source) == ("accuracy", "not stated", "local files")
 
 
+def test_prefix_language_modelling(tmp_path):
+    """The task that a recipe names by its file: the first half of a text's words is read, the second written."""
+    name = str(DATA.parents[1] / "trainers" / "tasks" / "prefix_language_modelling.py")
+    write(tmp_path, "train", *({"text": f"{number} the cat sat"} for number in range(30)))
+    write(tmp_path, "test", {"text": " one  two\nthree four five "})
+    task = get_task(TaskArguments(name=name, data_dir=str(tmp_path), max_source_length=6, max_target_length=5))
+    (example,) = task.rows("test")
+    assert (example.prompt, example.target, example.answer) == ("one two", "three four five", "three four five")
+    assert [task.score(text, example).value for text in ("three four five", "three five", "", "six")] == [1, 0.8, 0, 0]
+    assert (task.score("six", example).correct, task.metric) == (None, "rouge_l")
+    assert task.trivial_predictor(task.rows("train")).predict(example) in ("one two", task.rows("train")[0].answer)
+    tokenizer = task.build_tokenizer(task.rows("train"), 300)
+    encoded, end = task.encode(example, tokenizer), tokenizer.eos_token_id
+    read, written = tokenizer(example.prompt)["input_ids"], tokenizer(example.target)["input_ids"]
+    assert len(read) > 6
+    assert len(written) > 5
+    assert encoded == {"input_ids": [*read[-6:-1], end], "labels": [*written[:4], end]}, "beginning and end are lost"
+    assert task.truncated([example]) == 1
+    write(tmp_path, "test", {"text": "one"})
+    with pytest.raises(UserError, match=r"test.jsonl, row 1, text: must hold two words at least"):
+        get_task(TaskArguments(name=name, data_dir=str(tmp_path))).rows("test")
+
+
+def test_what_is_too_long(tmp_path):
+    """An answer is cut only where overlap is scored; of a lettered question the options are kept."""
+    write(tmp_path, "test", {"question": "what is it?", "answer": "the number 5 and no other"})
+    tokenizer = make_task("columns", data_dir=str(tmp_path)).build_tokenizer([], 300)
+    for metric in ("rouge_l", "exact_match"):
+        task = make_task("columns", data_dir=str(tmp_path), options={"metric": metric}, max_target_length=4)
+        example = task.rows("test")[0]
+        whole = tokenizer(example.target)["input_ids"]
+        if metric == "rouge_l":
+            assert task.encode(example, tokenizer)["labels"] == [*whole[:3], tokenizer.eos_token_id]
+        else:
+            with pytest.raises(UserError, match=rf"max_target_length: 4, but the target of .* has {len(whole)} tokens"):
+                task.encode(example, tokenizer)
+    options = {"metric": "choice", "options": "options", "context": "text"}
+    row = {"text": "long ago " * 20, "question": "Who?", "options": ["Ada", "Bo"], "answer": "Bo"}
+    write(tmp_path, "test", row)
+    for room, kept in ((64, "Who?\n(A) Ada\n(B) Bo"), (12, None)):
+        task = make_task("columns", data_dir=str(tmp_path), options=options, max_source_length=room)
+        example = task.rows("test")[0]
+        if kept is None:
+            with pytest.raises(UserError, match="max_source_length"):
+                task.encode(example, tokenizer)
+        else:
+            ids = task.encode(example, tokenizer)["input_ids"]
+            assert len(ids) <= room
+            assert tokenizer.decode(ids, skip_special_tokens=True).endswith(kept)
+
+
 @pytest.mark.parametrize(("value", "target"), [(True, "Yes"), (False, "No"), (12, "12"), (0.5, "0.5")])
 def test_answers_that_are_no_text(tmp_path, value, target):
     assert example_of(tmp_path, {"question": "Is it?", "answer": value}).target == target
