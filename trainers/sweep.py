@@ -72,6 +72,9 @@ class Point:
 
     values: tuple[tuple[str, Any], ...]
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # a value may be a list or a mapping, which have none
+
     @property
     def name(self) -> str:
         parts = (f"{key.rpartition('.')[2]}={value}" for key, value in self.values)
@@ -168,12 +171,12 @@ def read_sweep(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], 
     if not axes:
         raise UserError("--over is missing: name fields and their values, like --over model.num_slots=16,32")
     for name, found in axes.items():
-        section, _, rest = name.partition(".")
+        section, _, rest = str(name).partition(".")
         if not section or not rest:
             raise UserError(f"{path}: over: {name!r} is no section.field")
         if name == "training.seed":
             raise UserError("--over training.seed: seeds are repetitions; use --seeds")
-        if not found or len({json.dumps(value) for value in found}) != len(found):
+        if not found or len({json.dumps(value, default=str) for value in found}) != len(found):
             raise UserError(f"--over {name}: the values {found} must be different ones, at least one")
     if len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds: {seeds} must be different numbers that are not negative")

@@ -134,6 +134,47 @@ def test_plot_has_a_line_for_each_value_and_a_panel_for_the_rest(tmp_path):
         assert [label.get_text() for label in axis.get_xticklabels()] == ["scalar", "block"]
 
 
+def test_plot_of_what_is_finished(tmp_path):
+    """Four panels in rows of three, of which the last place is empty; a setting without a run has no point."""
+    axes = {"model.num_slots": [4, 8], "model.dropout": [0.0], "model.connection_rank": [1, 2, 3, 4]}
+    content, clock = made(tmp_path, axes)
+    gone = content["points"].pop()
+    assert gone["point"] == {"model.num_slots": 8, "model.dropout": 0.0, "model.connection_rank": 4}
+    content["points"] = [row for row in content["points"] if row["point"]["model.connection_rank"] != 3]
+    figure = sweep.chart(content)
+    assert [axis.get_title() for axis in figure.axes] == [f"model.connection_rank = {rank}" for rank in (1, 2, 3, 4)]
+    assert [[len(container[0].get_xdata()) for container in axis.containers] for axis in figure.axes] == [
+        [2],
+        [2],
+        [],
+        [1],
+    ]
+    for row in content["points"]:
+        row["validation"] = None
+    assert "(best)" not in sweep.markdown(content, clock)
+
+
+def test_values_may_be_lists_and_mappings(pretended, tmp_path):
+    path = tmp_path / "lists.yaml"
+    kwargs = [{"num_cycles": 1}, {"num_cycles": 2}]
+    over = {"training.lr_scheduler_kwargs": kwargs, "training.layer_sizes": [[1, 2], [1, 3]]}
+    assert len(grid(SECTIONS, over, [0])) == 4
+    write_recipe(tmp_path, training=TRAINING | {"lr_scheduler_type": "cosine"})
+    path.write_text(yaml.safe_dump({"recipe": "base.yaml", "over": {"training.lr_scheduler_kwargs": kwargs}}))
+    assert run(path, tmp_path / "out") == 0
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row["point"] for row in content["points"]] == [{"training.lr_scheduler_kwargs": value} for value in kwargs]
+    path.write_text(yaml.safe_dump({"recipe": "base.yaml", "over": {3: [1]}}))
+    with pytest.raises(UserError, match=r"over: 3 is no section.field"):
+        sweep.read_sweep(sweep.parse([str(path)]))
+
+
+def test_no_finished_run_is_a_mistake(pretended, tmp_path, capsys):
+    pretended.fail = {"num_slots"}
+    assert run(write_recipe(tmp_path), tmp_path / "out", "--over", "num_slots=4,8", "--seeds", "0") == 2
+    assert capsys.readouterr().err.endswith("out: no run is finished: training.loss: no number\n")
+
+
 def test_sweep_recipe_and_command_line_together(pretended, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path)
@@ -168,6 +209,9 @@ def test_sweep_recipe_and_command_line_together(pretended, tmp_path, monkeypatch
         (["--over", "num_slots=3", "--data_dir", "nowhere"], "--data_dir: no folder nowhere"),
         (["--over", "num_slots=3", "--max_samples", "0"], "--max_samples is 0"),
         (["--ovr", "num_slots=3"], "unrecognized arguments"),
+        (["--over", "model.=3"], r"over: 'model\.' is no section.field"),
+        (["--over", "task.hub_revision=2024-01-01"], r"task.hub_revision: expected .*, got datetime.date"),
+        (["--over", 'tokenizer.name_or_path=["a/b","a_b"]'], "two values give runs of the same name"),
     ],
 )
 def test_mistakes_are_told_in_a_line_before_anything_is_run(pretended, options, rule, tmp_path, capsys):
