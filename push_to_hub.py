@@ -313,7 +313,10 @@ def _weight_files(run_dir: Path, missing: list[str]) -> list[str]:
     if not index.is_file():
         missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
         return []
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map must map the tensors' names to those of their shards")
+    shards = sorted({str(shard) for shard in weight_map.values()})
     for shard in shards:
         if not fnmatch(shard, "model-*-of-*.safetensors") or "/" in shard:
             raise UserError(f"{index}: {shard!r} is not the name of a shard (model-00001-of-00002.safetensors)")

@@ -336,6 +336,21 @@ def test_weights_of_an_earlier_push_are_replaced_and_foreign_files_stay(hub, run
     assert pushed - FILES >= {"notes.txt", *weight_map.values(), "model.safetensors.index.json"}
     assert "model.safetensors" not in pushed
 
+    index = run / "model.safetensors.index.json"
+    content = index.read_text()
+    for wrong, rule in (
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "weight_map must map the tensors' names to those of their shards"),
+        ('{"weight_map": ["a"]}', "weight_map must map"),
+        ('{"weight_map": {"a": 3}}', "'3' is not the name of a shard"),
+        ('{"weight_map": {"a": "../model-1-of-1.safetensors"}}', "'../model-1-of-1.safetensors' is not the name of"),
+    ):
+        write(index, wrong)
+        with pytest.raises(UserError, match=rf"index\.json: {re.escape(rule)}"):
+            push(hub, run)
+    write(index, content)
+
     (run / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"missing: model-00002-of-00002\.safetensors"):
         push(hub, run)
