@@ -403,6 +403,18 @@ def test_models_that_read_numbers(tmp_path):
     walk, facts = trace(model, None, prepare(model, None, "1 -1 1 1, -1 1 -1 1"))
     assert len(facts["explanation"]["ticks"][0]["answer"]) == 8
     assert any(record.stage == "positions" for record in walk.records)
+    drawn = [prepare(model, None, text).arguments["input_values"] for text in ("random:3", "random:3", "random:4")]
+    assert drawn[0].shape == (1, 8), "a sign for each pair of logits"
+    assert set(drawn[0].flatten().tolist()) == {-1, 1}
+    assert drawn[0].equal(drawn[1])
+    assert not drawn[0].equal(drawn[2])
+    with pytest.raises(
+        UserError, match=r"^text: .*TokenClassification reads numbers, got '1 x'; give numbers, random or"
+    ):
+        prepare(model, None, "1 x")
+    features = {"backbone_type": "none", "positional_embedding_type": "none", "num_channels": 5}
+    features = build(AutoModel, "continuous_thought_machine", **THOUGHT, **features)
+    assert prepare(features, None, "random").arguments["input_features"].shape[:2] == (1, 5)
 
     dense = build(
         AutoModel, "in_context_transformer", n_dims=3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
@@ -421,7 +433,13 @@ def test_models_that_read_numbers(tmp_path):
         _, facts = trace(model, None, prepare(model, None, "random"))
         assert facts["attention"]["calls"] == facts["attention"]["reproduced"] > 0
 
+    with pytest.raises(
+        UserError, match=r"^text: LowRankInContextTransformerModel cannot read it: input_values of shape"
+    ):
+        trace(model, None, prepare(model, None, "1 2 3"))
+
     np.savez(tmp_path / "other.npz", values=points)
+    np.savez(tmp_path / "none.npz", input_values=points, context_values=points[:, :0, 0])
     np.savez(tmp_path / "half.npz", context_values=points.sum(-1))
     (tmp_path / "no.npz").write_text("nothing")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:100])
@@ -431,7 +449,8 @@ def test_models_that_read_numbers(tmp_path):
         str(tmp_path / "other.npz"): "array 'values' is unknown; InContextTransformerModel takes input_values",
         str(tmp_path / "half.npz"): "array 'input_values' is missing",
         str(tmp_path / "no.npz"): "cannot read",
-        str(tmp_path / "none.npz"): "cannot read",
+        str(tmp_path / "gone.npz"): "cannot read",
+        str(tmp_path / "none.npz"): "none.npz: array 'context_values' holds no numbers",
         str(tmp_path / "cut.npz"): "cannot read",
         str(tmp_path / "empty.npz"): "cannot read",
     }.items():

@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from hf_models.continuous_thought_machine import ContinuousThoughtMachineConfig
+
 from ..errors import UserError, one_line
 
 RANDOM = re.compile(r"random(?::(\d+))?")
@@ -215,6 +217,9 @@ def read_numbers(model: PreTrainedModel, text: str) -> ModelInputs:
             known = ", ".join(name for name in parameters if name not in ("kwargs", "labels"))
             what = f"array {unknown[0]!r} is unknown" if unknown else f"array {input_name(model)!r} is missing"
             raise UserError(f"text: {text.strip()}: {what}; {type(model).__name__} takes {known}")
+        empty = next((name for name, values in arrays.items() if not values.numel()), None)
+        if empty is not None:
+            raise UserError(f"text: {text.strip()}: array {empty!r} holds no numbers")
     elif drawn:
         seed = int(drawn[1] or 0)
         arrays = random_numbers(model, seed)
@@ -251,7 +256,7 @@ def random_numbers(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]
         return {"input_values": points, "context_values": values}
     if config.model_type == "low_rank_in_context_transformer":
         return {"input_values": normal(1, 3 * config.block_size + config.num_tail_tokens, config.n_dims)}
-    if config.model_type in ("continuous_thought_machine", "hyper_continuous_thought_machine"):
+    if isinstance(config, ContinuousThoughtMachineConfig):  # that of a baseline as well
         if config.input_name == "input_values":
             length = config.out_dims // 2
             return {"input_values": torch.randint(2, (1, length), generator=generator) * 2.0 - 1.0}
