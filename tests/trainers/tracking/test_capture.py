@@ -19,6 +19,7 @@ from hf_models.vanilla_transformer import convert_vanilla_transformer
 from tests.trainers.tracking.tools import make_batch, make_model
 from trainers.errors import UserError
 from trainers.tracking import InternalsTracker, TransformerAnalyzer
+from trainers.tracking.capture import AttentionCall
 from trainers.tracking.recorder import Recorder, Wanted
 from trainers.tracking.structure import Structure
 
@@ -156,6 +157,38 @@ def test_a_kernel_that_does_something_else_is_named(monkeypatch):
     found = TransformerAnalyzer(model).analyze_attention_patterns(make_batch(model))
     assert found["modules"] == {}
     assert "differ from the kernel's result" in found["not_reproduced"]["h.0.attn"]
+
+
+def call_with(mask, kernel="sdpa", queries=3, keys=3, **options):
+    """A call of two examples and two heads, of which only mask and kernel matter."""
+    query, key = torch.zeros(2, 2, queries, 4), torch.zeros(2, 2, keys, 4)
+    return AttentionCall("a", torch.nn.Module(), query, key, key, mask, kernel, options, query, lambda *args: None)
+
+
+def test_what_a_kernel_lets_a_query_see():
+    """The forms of masks that kernels take, among them those that only run on a GPU."""
+    lower = torch.ones(3, 3).tril().bool()
+    assert call_with(None, is_causal=True).visible(1)[0].equal(lower)
+    assert call_with(None, kernel="eager", is_causal=True).visible(1).all(), "it takes a mask and no flag"
+    # Flash attention aligns the last query with the last key, and its window reaches back from there.
+    flash = {"kernel": "flash_attention_2", "is_causal": True}
+    assert call_with(None, queries=2, **flash).visible(1)[0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    window = call_with(None, sliding_window=2, **flash).visible(1)[0].int().tolist()
+    assert window == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    padding = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert call_with(padding, **flash).visible(2)[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    additive = torch.zeros(2, 1, 3, 3).masked_fill(~lower, torch.finfo(torch.float32).min)
+    assert call_with(additive).visible(2)[1].equal(lower)
+    for unknown in (
+        object(),  # a block mask
+        padding,  # of a kernel that is not known to take such a one
+        lower,
+        torch.zeros(2, 1, 5, 3),
+        torch.stack([lower, ~lower]).expand(2, 2, 3, 3),  # heads that see different keys
+    ):
+        if isinstance(unknown, torch.Tensor) and unknown is lower:
+            unknown = lower[None]
+        assert call_with(unknown).visible(2) is None
 
 
 def test_other_models_and_later_calls_are_left_alone():

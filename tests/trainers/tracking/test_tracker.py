@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import AttentionInterface
 
 from tests.trainers.tracking.tools import make_batch, make_model
+from trainers.errors import UserError
 from trainers.tracking import InternalsTracker, TrackingArguments, make_tracker
 from trainers.tracking.arguments import TrackingArguments as ArgumentsClass
 from trainers.tracking.tracker import TIMES, NonFiniteError, read_records
@@ -293,6 +294,30 @@ def test_nan_is_reported(stop, tmp_path, caplog):
     assert record["attention"]["encoder.layers.0.self_attn"]["entropy"][0] > 0
     assert {flag["flag"] for flag in record["gradients"]["flags"]} == {"nonfinite"}
     assert hooks(model) == hooks(make_model("post_norm"))
+
+
+def test_a_gradient_alone_that_is_nan_stops(tmp_path):
+    """Every number of the forward pass is finite, and so are the gradients at the layers' outputs."""
+    model = make_model("post_norm").train()
+    model.model.decoder.layers[0].self_attn.v_proj.bias.register_hook(lambda gradient: gradient * math.nan)
+    batch = make_batch(model)
+    rule = r"step 1: NaN or infinity in the gradient of decoder\.layers\.0$"
+    tracker = InternalsTracker(model, folder=tmp_path, stop_on_nonfinite=True)
+    with tracker, pytest.raises(NonFiniteError, match=rule):
+        train(model, [batch], tracker, steps=1)
+    record = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert record["nonfinite"] == []
+    assert record["gradients"]["parameters"]["decoder.layers.0.self_attn.v_proj.bias"]["nonfinite"] == 16
+
+
+def test_what_a_tracker_is_asked_wrongly(tmp_path):
+    model = make_model("gpt2")
+    with pytest.raises(UserError, match=r"^tracking.every is 0; it must be at least 1$"):
+        InternalsTracker(model, every=0)
+    tracker = InternalsTracker(model)
+    with pytest.raises(RuntimeError, match="end_step without begin_step"):
+        tracker.end_step()
+    assert tracker.stored_maps() == {}, "maps are kept in a folder only"
 
 
 def test_memory_does_not_grow(tmp_path):
