@@ -390,6 +390,26 @@ def test_scores_of_every_kind_of_metric_are_read(row, metric, score, tmp_path):
     assert read_run(folder).scores.tolist() == [score]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "rule"),
+    [
+        ("metrics.json", "{", "not a finished run: "),
+        ("metrics.json", "[]", "not a finished run: metrics.json tells no metric of a task"),
+        ("metrics.json", '{"task": 3}', "not a finished run: metrics.json tells no metric of a task"),
+        ("recipe.yaml", "a: [", "not a finished run: "),
+        ("predictions.jsonl", "3\n", "line 1 has no score, accuracy or correct: nothing to compare"),
+        ("predictions.jsonl", '{"correct": "yes"}\n', "line 1 has no score, accuracy or correct: nothing to compare"),
+    ],
+)
+def test_a_damaged_run_is_one_line(file, content, rule, tmp_path):
+    folder = write_run(tmp_path / "run", [1, 0, 1])
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=rule) as caught:
+        read_run(folder)
+    assert str(caught.value).startswith(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_few_seeds_are_not_judged(tmp_path):
     comparison, cells, folder = made(tmp_path, better=0.3, seeds=LEAST_SEEDS - 1)
     content, _, _ = gather(comparison, cells, folder, {})

@@ -16,7 +16,7 @@ import yaml
 
 from model_cards.run_folder import is_error
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import read_records
 from ..statistics import Components, compare_crossed, crossed_interval, holm, mcnemar, power, proportion, seeds_needed
 from .cells import Cell, CellFolder, Outcome
@@ -62,12 +62,15 @@ def read_run(folder: Path) -> RunResult:
         record = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         rows = read_records(folder / "predictions.jsonl")
         metric = metrics["task"]["metric"]
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: not a finished run: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not a finished run: metrics.json tells no metric of a task") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: not a finished run: {one_line(error)}") from error
     scores = []
     for number, row in enumerate(rows, start=1):
         # A degree from 0 to 1, a quantity under the metric's own name, or right and wrong.
-        value = next((row[name] for name in ("score", metric, "correct") if row.get(name) is not None), None)
+        held = row if isinstance(row, dict) else {}
+        value = next((held[name] for name in ("score", metric, "correct") if held.get(name) is not None), None)
         if not isinstance(value, bool | int | float):
             raise UserError(
                 f"{folder / 'predictions.jsonl'}: line {number} has no score, {metric} or correct: nothing to compare"
