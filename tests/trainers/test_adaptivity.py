@@ -8,7 +8,7 @@ import torch
 import yaml
 from scipy.stats import spearmanr
 
-from trainers.adaptivity import OnePassModel, at_equal_steps, main, rank_correlation
+from trainers.adaptivity import OnePassModel, at_equal_steps, main, rank_correlation, table
 from trainers.errors import UserError
 from trainers.tasks import TaskArguments, get_task
 from trainers.train import main as train
@@ -51,6 +51,20 @@ def test_report_of_runs(runs, tmp_path, capsys):
     assert point["accuracy"]["n"] == len(right) < len(rows)
     assert (tmp_path / "out" / "adaptivity.png").read_bytes().startswith(b"\x89PNG")
     assert "learned: threshold 0.1 (recipe): accuracy" in capsys.readouterr().out
+
+
+def test_the_table_tells_the_rank_correlation():
+    entry = {"threshold": 0.5, "accuracy": {"value": 0.9, "interval": [0.8, 0.95]}, "mean_steps": 2.5}
+    entry |= {
+        "cut_off_at_equal_steps": 0.7,
+        "milliseconds_per_example": 1.5,
+        "steps_and_difficulty": {"value": 0.4321, "interval": [0.1, 0.6]},
+    }
+    numbers = {"runs": [{"run": "r", "threshold": 0.5, "adaptive": [entry], "cut_off": []}], "fixed": []}
+    assert "r: threshold 0.5 (recipe): accuracy 0.900 at 2.50 steps" in table(numbers)
+    assert "Spearman 0.432 [0.100, 0.600]" in table(numbers)
+    entry["steps_and_difficulty"] = {"value": None, "interval": None}
+    assert "steps do not vary" in table(numbers)
 
 
 def test_points_equal_the_model_on_each_example(runs):
@@ -104,6 +118,7 @@ def test_equal_steps():
         (["{runs}/learned", "--bound", "0"], "--bound: 0; it must be at least 1"),
         (["{runs}/learned", "--thresholds", "-1"], "--thresholds: -1.0; they must not be negative"),
         (["{runs}/learned", "--task_options", "[1]"], "--task_options: must be a mapping"),
+        (["{runs}/learned", "--task_options", "{walls"], "--task_options: not valid YAML: {walls"),
         (["{runs}/learned", "--task_options", "{walls: 1}"], "task.options: unknown option 'walls'"),
         (["{runs}"], "cannot read the recipe of the run"),
     ],

@@ -76,6 +76,23 @@ def test_a_model_of_our_own_and_options(models, tmp_path):
     assert any("decoder.layers.0.cross_attn" in name for name in report["metadata"]["layers"])
 
 
+def test_what_is_printed_of_other_predictions(models, tmp_path, capsys):
+    command = ["--model", str(models / "gpt2"), "--dataset", "knowedit", "--data_dir", str(FACTS.parent / "knowedit")]
+    command += ["--validate", "2", "--ripple_prediction", "path,second_order", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "\n         1 queries without an answer\n" in printed
+    validation = json.loads((tmp_path / "out" / "coupling_report.json").read_text())["ripple_validation"]
+    for kind in ("path", "second_order"):
+        (head,) = [line for line in printed.splitlines() if line.split()[:3] == ["own", "gain", kind.replace("_", "-")]]
+        row = printed[printed.index(head) + len(head) :].splitlines()[1]
+        first = validation["sizes"][0]
+        found = first["predictions"][kind]
+        numbers = [first["own_gain"], first["spearman"][kind], found["sign_agreement"], found["linearity_error"]]
+        values = [number.get("median", number.get("value")) for number in numbers]
+        assert row.split() == [f"{value:.3f}" for value in values]
+
+
 def test_list_and_help(capsys):
     for option in ("--list", "--help"):
         with pytest.raises(SystemExit) as end:

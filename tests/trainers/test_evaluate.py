@@ -238,6 +238,7 @@ def test_prompts_longer_than_the_model_reads_lose_their_beginning(models, tmp_pa
         (["t5", "--task", "gsm8"], "task.name: unknown task 'gsm8'; did you mean 'gsm8k'?"),
         (["t5", *TASK, "--limits", "3"], "unknown option '--limits'; did you mean '--limit'?"),
         (["t5", *TASK, "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["t5", *TASK, "--confidence", "1"], "--confidence is 1; it must lie between 0 and 1"),
         (["t5", *TASK, "--limit", "many"], "--limit: expected int"),
         (["t5", *TASK, "--template", "Question:"], "it must hold {prompt} once"),
         (["t5", *TASK, "--split", "dev"], "--split: 'dev' is not one of train, validation, test"),

@@ -13,6 +13,7 @@ from scipy.stats import norm, t, ttest_1samp
 
 from trainers.statistics import (
     Components,
+    _relabellings,
     _squared_error,
     cohens_h,
     compare_crossed,
@@ -266,6 +267,21 @@ def test_seeds_needed_is_the_least_number():
     needed = seeds_needed(0.05, parts, examples=1000)
     assert power(0.05, parts, needed, 1000) >= 0.8 > power(0.05, parts, needed - 1, 1000)
     assert seeds_needed(0.01, parts, examples=20) is None, "no number of runs makes up for 20 examples"
+
+
+def test_a_difference_without_chance_is_always_found():
+    still = Components(0, 0, 0)
+    assert (power(0.1, still, 5, 10), power(0.0, still, 5, 10)) == (1.0, 0.0)
+
+
+def test_relabelling_of_many_runs_leaves_as_many_on_each_side():
+    labels = _relabellings(8, 4000, np.random.default_rng(0))
+    assert labels.shape == (4000, 16)
+    assert (labels.sum(axis=1) == 0).all()
+    assert set(np.unique(labels)) == {-1, 1}
+    # Each run is taken for the first model's half of the time, and two runs together in 7 of 30 cases.
+    assert np.abs(labels.mean(axis=0)).max() < 0.06
+    assert (labels[:, 0] + labels[:, 9] == 2).mean() == pytest.approx(7 / 30, abs=0.03)
 
 
 def test_power_where_the_other_tail_is_far_out():

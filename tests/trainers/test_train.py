@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -257,6 +258,16 @@ STRATEGYQA = {"name": "strategyqa", "options": {}, "max_source_length": 16}
             {},
             "training.dataloader_drop_last: 64 train examples fill no batch of 100",
         ),
+        (
+            {"training": {"metric_for_best_model": "rouge_l"}},
+            {},
+            "training.metric_for_best_model is rouge_l, but pointer_chase measures accuracy; name that, or loss",
+        ),
+        (
+            {"model": {"is_encoder_decoder": False}, "evaluation": {"num_beams": 2}},
+            {},
+            "evaluation.num_beams: a model without a decoder answers in one pass; leave it out",
+        ),
         ({"model": {"slot_seed": 2**70}}, {}, "model: "),
         ({"model": {"hidden_size": 2**30}}, {}, "model: "),
         ({"model": {"decoder_vocab_size": 4, "tie_word_embeddings": False}}, {}, "model.decoder_vocab_size"),
@@ -280,6 +291,24 @@ def test_mistakes_end_before_training(tmp_path, capsys, changes, files, message)
     assert shown.startswith("error: ")
     assert message in shown
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_steps_of_a_model_without_steps(tmp_path, capsys):
+    model = {"model_type": "vanilla_transformer", "hidden_size": 16, "num_attention_heads": 2}
+    sections = RECIPE | {"model": model, "evaluation": {"max_reasoning_steps": 2}}
+    sections["training"] = {name: value for name, value in RECIPE["training"].items() if name != "step_cost_start"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    assert main([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    rule = "evaluation.max_reasoning_steps: a vanilla_transformer has no reasoning steps; leave it out"
+    assert capsys.readouterr().err.endswith(f"error: {rule}\n")
+
+
+def test_answers_in_fewer_steps_than_were_learned(tmp_path):
+    few = {"num_train_epochs": 1, "max_steps": 1, "early_stopping_patience": None}
+    recipe = write_recipe(tmp_path, training=few, evaluation={"max_reasoning_steps": 1})
+    assert main([str(recipe), "--output_dir", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["steps"] for line in lines} == {1}
 
 
 def test_output_folder_is_guarded(run, tmp_path, capsys):
@@ -469,6 +498,28 @@ def test_unknown_module_to_track(run, tmp_path, capsys):
     options = ["--output_dir", str(tmp_path / "out"), "--tracking.every", "2", "--tracking.names", "decodr.*"]
     assert main([str(recipe), *options]) == 2
     assert "decodr" in capsys.readouterr().err
+
+
+def test_layerwise_learning_rate_of_an_optimizer_with_its_own_groups(tmp_path, capsys, monkeypatch):
+    groups = staticmethod(lambda arguments, model=None: (torch.optim.SGD, {"params": [{"params": []}], "lr": 0.1}))
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", groups)
+    recipe = write_recipe(tmp_path, training={"layerwise_lr_decay": 0.5, "optim": "sgd"})
+    assert main([str(recipe), "--output_dir", str(tmp_path / "out")]) == 2
+    assert re.search(r"^error: training.layerwise_lr_decay: .*makes its own parameter groups$", capsys.readouterr().err)
+
+
+def test_the_best_checkpoint_of_a_moved_run_is_found(run, tmp_path):
+    recipe, out = run
+    target, aside = tmp_path / "moved", tmp_path / "aside"
+    shutil.copytree(out, target)
+    for name in ("metrics.json", "model.safetensors"):
+        (target / name).unlink()
+    out.rename(aside)  # the checkpoints tell the place of the best one, which is no longer there
+    try:
+        assert main([str(recipe), "--output_dir", str(target), "--resume"]) == 0
+    finally:
+        aside.rename(out)
+    assert same_tensors(target, out)
 
 
 def test_layerwise_learning_rate(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -385,6 +385,19 @@ def test_neighbours_and_saving(tmp_path):
     path.write_bytes(b"no")
     with pytest.raises(UserError, match="cannot be read"):
         Coupling.load(path)
+
+
+def test_predicted_ripples(tmp_path):
+    """Of an edit along one piece's gradient: its length, times the cosine, times the other's gradient norm."""
+    analyzer = CouplingAnalyzer(tiny_model("gpt2"))
+    coupling = analyzer.fit(PIECES)
+    gram = naive_gram(analyzer.model, analyzer.targets, PIECES)[1].sum(dim=0).numpy()
+    # 0.5 along g / |g|: the other's log-probability changes by the inner product over this one's norm.
+    expected = 0.5 * gram[2] / gram[2, 2] ** 0.5
+    np.testing.assert_allclose(coupling.ripple(coupling.piece_ids[2], 0.5), expected, rtol=1e-6)
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors: holds no 'piece_ids'; it is not a coupling file$"):
+        Coupling.load(tmp_path / "other.safetensors")
 
 
 def test_log_probabilities_equal_one_at_a_time():

@@ -115,6 +115,12 @@ def test_mistakes_are_one_line(components, rule):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("option", "rule"), [("num_train", "is 0; it must be at least 1"), ("seed", "is -1; it must")])
+def test_sizes_are_checked(option, rule):
+    with pytest.raises(UserError, match=f"task.options: {option} {rule}"):
+        mixture(LOCAL["eli5"], LOCAL["strategyqa"], **{option: {"num_train": 0, "seed": -1}[option]})
+
+
 def test_the_data_belong_to_the_components():
     with pytest.raises(UserError, match=r"task.data_dir: belongs to the components of a mixture; write it there"):
         make_task("mixture", data_dir="data", options={"components": [LOCAL["eli5"], LOCAL["strategyqa"]]})

@@ -259,6 +259,15 @@ def test_a_target_is_never_cut():
         ({"name": "gsm8k", "max_source_length": 1}, "max_source_length is 1; it must be at least 2"),
         ({"name": "gsm8k", "split_seed": -1}, "split_seed is -1"),
         ({"name": "gsm8k", "validation_fraction": 1}, "validation_fraction is 1; it must lie between 0 and 1"),
+        ({"name": "gsm8k", "test_fraction": 0.0}, "test_fraction is 0.0; it must lie between 0 and 1"),
+        (
+            {"name": "gsm8k", "near_duplicate_similarity": 1.5},
+            "near_duplicate_similarity is 1.5; it must lie above 0 and be at most 1",
+        ),
+        (
+            {"name": "gsm8k", "teacher_filter": "correct"},
+            "teacher_filter is correct, but teacher_answers names no file",
+        ),
         ({"name": "gsm8k", "max_target_length": "16"}, "max_target_length"),
         ({"name": "gsm8k", "split_seed": True}, "split_seed"),
         ({"name": "gsm8k", "options": []}, "options"),
