@@ -133,9 +133,10 @@ def test_text_models(model_type):
     assert stages >= {"embedding", "norm", "attention", "residual", "feed_forward", "input", "layer", "output"}
     for start in ("q after", "k after", "v after", "after the activation", "residual sum", "before ", "after "):
         assert values(walk, f"{prefix}.0", start) or (model_type == "gpt_neox" and start[0] in "qkv"), start
-    model.set_attn_implementation("eager")
+    written_out = build(auto_class, model_type, **settings, options={"attn_implementation": "eager"})
+    written_out.load_state_dict(model.state_dict())
     with torch.no_grad():
-        outputs = model(**inputs.arguments, output_attentions=True, output_hidden_states=True)
+        outputs = written_out(**inputs.arguments, output_attentions=True, output_hidden_states=True)
     kinds = ("encoder_attentions", "decoder_attentions", "attentions")
     expected = [found for kind in kinds for found in getattr(outputs, kind, None) or ()]
     found = [

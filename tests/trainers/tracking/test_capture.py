@@ -66,9 +66,11 @@ def test_weights_are_those_of_the_model(name, kernel):
     with torch.no_grad(), recorder:
         model(**batch)
     assert checked == dict.fromkeys(structure.attentions)
-    model.set_attn_implementation("eager")
+    written_out = make_model(name, "eager")
+    written_out.set_attn_implementation("eager")
+    written_out.load_state_dict(model.state_dict())
     with torch.no_grad():
-        outputs = model(**batch, output_attentions=True)
+        outputs = written_out(**batch, output_attentions=True)
     if model.config.is_encoder_decoder:
         sides = {"decoder": outputs.decoder_attentions, "cross": outputs.cross_attentions}
         if name != "connection":
