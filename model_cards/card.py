@@ -94,7 +94,7 @@ def write_card(
     content = render_card(run_dir, repo_id, revision, license)
     target = Path(run_dir) / "README.md"
     try:
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".README.md.")
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".README.md.", suffix=".md")
         try:
             with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(content)

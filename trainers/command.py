@@ -1,9 +1,13 @@
 """What all commands do alike: read a command line, and turn what ends them into a line and an exit code."""
 
 import argparse
+import contextlib
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -34,7 +38,49 @@ def explain(error: BaseException, batch_option: str = "--batch_size") -> str:
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     elif isinstance(error, torch.OutOfMemoryError):
         message = f"{batch_option}: too large for the device's memory: {message}"
+    elif is_dead_worker(error):
+        message = (
+            "a process that loads data (training.dataloader_num_workers) ended, perhaps for want of memory; --resume "
+            f"goes on from the last checkpoint: {message}"
+        )
     return str(UserError(message))
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether what ended a command is the user's or the machine's doing, for one line, and no bug of ours."""
+    return isinstance(error, UserError | OSError | torch.OutOfMemoryError) or is_dead_worker(error)
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether a process that loads data ended unasked; torch has no class of its own for that."""
+    return isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error)) is not None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Treat the signal that ends a process politely like Ctrl-C: what is under way is tidied up, and a line says so."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interruptible_alone() -> contextlib.AbstractContextManager[None]:
+    """[`interruptible`], but for one of several processes nothing.
+
+    A process that waits for the others in a collective operation would not hear the signal; it had better end at once.
+    """
+    return interruptible() if int(os.environ.get("WORLD_SIZE") or 1) == 1 else contextlib.nullcontext()
+
+
+def print_anything() -> None:
+    """Let standard output show escaped what its encoding lacks, as standard error does, instead of failing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(
@@ -56,15 +102,17 @@ def run_command(
         debug: let errors through, for their traceback.
 
     Returns:
-        What `work` returned; 2 for a mistake the user can mend, 130 for Ctrl-C.
+        What `work` returned; 2 for a mistake the user can mend, 130 for Ctrl-C or SIGTERM.
     """
+    print_anything()
     try:
-        return work()
+        with interruptible_alone():
+            return work()
     except KeyboardInterrupt:
         print(f"\ninterrupted{'; ' if after_interrupt else ''}{after_interrupt}", file=sys.stderr)
         return 130
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not is_told(error):
             raise
         if int(os.environ.get("RANK") or 0) == 0 or not isinstance(error, UserError):
             print(f"error: {explain(error, batch_option)}", file=sys.stderr)

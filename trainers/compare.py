@@ -23,8 +23,8 @@ import yaml
 from model_cards.comparison import comparison_card
 from model_cards.words import duration
 
-from .command import CommandParser, run_command
-from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
+from .command import CommandParser, interruptible, run_command
+from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, run_cells
 from .comparison.cost import measure
 from .comparison.figures import all_charts
 from .comparison.matching import prepare

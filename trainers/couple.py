@@ -8,6 +8,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -38,11 +39,12 @@ from .coupling.ripple import FULL, PREDICTIONS, SIZES, EditKind, validate
 from .distributed import on_main_process
 from .errors import UserError, did_you_mean, one_line, plain
 from .figures import save_figure
-from .files import json_text, write_text
+from .files import json_text, only_user_of, write_text
 from .loading import language_model_class, load_model
 from .run import versions
 
 REPORT = "coupling_report.json"
+AFTER_INTERRUPT = "with --memory the same command goes on from the blocks it has finished, else it starts again"
 
 
 @strict
@@ -266,10 +268,15 @@ def run(arguments: CoupleArguments, command: Sequence[str] = ()) -> dict[str, An
     Raises:
         UserError: naming option, file, row, piece or layer; nothing that stood in the folder is damaged.
     """
+    with contextlib.ExitStack() as claim:
+        return _run(arguments, command, claim)
+
+
+def _run(arguments: CoupleArguments, command: Sequence[str], claim: contextlib.ExitStack) -> dict[str, Any]:
     folder = Path(arguments.output).expanduser()
     found = read_pieces(arguments.dataset, arguments.data_dir, arguments.split, arguments.max_samples)
     processes = started_processes(arguments.device == "cpu")
-    on_main_process(lambda: prepare(folder))
+    on_main_process(lambda: prepare(folder, claim))
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     device = arguments.device or (None if arguments.device_map else str(processes.device))
     model, tokenizer = load_model(
@@ -410,13 +417,19 @@ def write_report(
     return report
 
 
-def prepare(folder: Path) -> None:
-    """Make the output folder and try to write to it, before any long work."""
+def prepare(folder: Path, claim: contextlib.ExitStack) -> None:
+    """Make the output folder, try to write to it, and claim it, before any long work.
+
+    Args:
+        folder: the folder.
+        claim: no other analysis enters it before this is closed.
+
+    Raises:
+        UserError: if it cannot be written, or another process is at work in it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
+        claim.enter_context(only_user_of(folder))
     except OSError as error:
         raise UserError(f"--output: cannot write to {folder}: {error.strerror}") from error
 
@@ -510,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(report, Path(arguments.output))
         return 0
 
-    return run_command(work, batch_option="--tokens_per_batch")
+    return run_command(work, after_interrupt=AFTER_INTERRUPT, batch_option="--tokens_per_batch")
 
 
 if __name__ == "__main__":

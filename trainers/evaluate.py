@@ -529,8 +529,7 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool, claim: con
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim.enter_context(only_user_of(folder))
-        ours = (LOCK_NAME, f".{SETTINGS}.")
-        held = {entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)}
+        held = {entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME}
         if held and SETTINGS not in held:
             raise UserError(f"--output_dir: {folder} holds files that are no evaluation; choose another folder")
         if held and not overwrite:

@@ -1,10 +1,12 @@
 """Writing files so that nothing half-written is ever seen, and knowing later that they are still what was written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,6 +37,43 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path, below: bool = False) -> None:
+    """Delete what a killed process was writing aside in a folder, see [`replacing`]. Nobody may be at work there.
+
+    Args:
+        folder: may be missing.
+        below: look into its folders, too.
+    """
+    for path in folder.rglob(".*") if below else folder.glob(".*"):
+        found = re.fullmatch(r"\..+(?P<suffix>\.\w+)\.[a-z0-9_]{8}(?P=suffix)", path.name)
+        if found is not None:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Let libraries that are not written in Python fail like Python when a file cannot be written.
+
+    Args:
+        place: the file or folder that is written; the error names it.
+
+    Raises:
+        OSError: with the system's reason if the library tells it, else with the one that is most likely.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers
+        if told is not None:
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(place)) from error
+        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+            reason = "a file was not written to its end; is the disk full?"
+            raise OSError(errno.ENOSPC, reason, str(place)) from error
         raise
 
 
@@ -94,6 +133,8 @@ def _sha256(path: Path) -> str:
 def only_user_of(folder: Path) -> Iterator[None]:
     """Keep other processes that ask the same out of a folder. The system frees it if this process is killed.
 
+    What a killed process was writing there is deleted first.
+
     Raises:
         UserError: if another process holds it.
     """
@@ -105,6 +146,7 @@ def only_user_of(folder: Path) -> Iterator[None]:
             f"{folder}: another process is at work in this folder; wait for it, or choose another"
         ) from None
     try:
+        remove_leftovers(folder)
         yield
     finally:
         # Removed while it is held, so that nobody can wait at a file that is gone.

@@ -26,6 +26,7 @@ import transformers
 import yaml
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from model_cards.card import write_card
 
@@ -33,13 +34,14 @@ from . import __version__
 from .arguments import DISPLAY_FIELDS, Recipe, precision_of, user_errors_from_validation
 from .distributed import on_main_process
 from .errors import UserError, one_line, plain
-from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
+from .files import LOCK_NAME, json_text, only_user_of, remove_leftovers, write_records, write_text
 from .hub import NO_PICKLES
 from .loading import load_model, pickled_weights
 from .recipe_files import parse_yaml
 from .redaction import known_tokens, redact
 from .run_trainer import RunTrainer, last_complete_checkpoint
 from .tracking import make_tracker, write_internals
+from .tracking.tracker import FOLDER
 
 # Fields that may name a place on this machine: of the task, and with their sections of models and tokenizers.
 DATA_FIELDS = ("data_dir", "teacher_answers")
@@ -110,7 +112,8 @@ def git_revision() -> str | None:
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "--no-optional-locks", *words]  # a kill in between would leave the lock
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
@@ -145,10 +148,10 @@ def prepare_output_dir(recipe: Recipe, stack: contextlib.ExitStack) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        # A process killed while it wrote its first file has left that file's temporary form behind.
         stack.enter_context(only_user_of(folder))
-        ours = (LOCK_NAME, ".recipe.yaml.")
-        held = [entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)]
+        for place in (folder / FOLDER, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            remove_leftovers(place, below=True)
+        held = [entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME]
     except FileExistsError as error:
         raise UserError(f"{folder}: the output folder is a file") from error
     except UserError:
@@ -196,14 +199,24 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def empty_folder(folder: Path, last: str = "recipe.yaml") -> None:
-    """Delete what a folder holds; the file by which it is known as ours goes last. The lock of a process stays."""
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == last):
+    """Delete what a folder holds, but for the lock of a process.
+
+    The file by which the folder is known as finished goes first, and that by which it is known as ours last: whenever
+    this is interrupted, what is left is an unfinished folder of ours.
+    """
+    for entry in sorted(folder.iterdir(), key=lambda entry: (entry.name == last, entry.name != "metrics.json")):
         if entry.name == LOCK_NAME:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a run folder, in the order of [`empty_folder`]."""
+    empty_folder(folder)
+    shutil.rmtree(folder)
 
 
 def check_same_recipe(recipe: Recipe, record: dict[str, Any]) -> None:
@@ -434,6 +447,8 @@ class TrainingRun(ABC):
                 f"--resume: a file of {checkpoint} holds more than numbers, or is damaged, and is not read; delete the "
                 "folder to go on from the checkpoint before it"
             ) from error
+        self.trainer.stop_if_weights_are_broken()
+        self.trainer.delete_old_checkpoints()  # a kill may have come between the last one and this
         # Restoring a checkpoint puts a new clock in the place of the one given to the trainer.
         clocks = (
             callback for callback in self.trainer.callback_handler.callbacks if isinstance(callback, TrainingClock)

@@ -1,5 +1,6 @@
 """What the Trainers of all kinds of models share: the parts of a loss in the log, the run folder, its checkpoints."""
 
+import contextlib
 import math
 import os
 import shutil
@@ -12,12 +13,12 @@ import torch
 from accelerate.utils import find_batch_size, slice_tensors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from transformers.utils import logging
 
 from .arguments import RunTrainingArguments
 from .errors import UserError
-from .files import CHECKSUMS_NAME, damaged_file, write_checksums
+from .files import CHECKSUMS_NAME, damaged_file, write_checksums, writing_to
 from .optimization import layerwise_parameter_groups
 
 logger = logging.get_logger(__name__)
@@ -37,9 +38,12 @@ class RunTrainer(Trainer):
     - A loss that is not finite ends the training with a [`UserError`] that says at which update and what to change.
       It does so before anything is logged, measured or saved after it. (In fp16 the library's loss scaling skips such
       updates, and training goes on.)
-    - A checkpoint knows the checksums of its files, see [`last_complete_checkpoint`].
+    - A checkpoint knows the checksums of its files, see [`last_complete_checkpoint`], and holds weights that are
+      finite numbers. The oldest by their updates are deleted, whatever the clock said when they were written.
+    - A file that cannot be written raises an `OSError`, whichever library wrote it.
     - No card but our own is ever written, and only for a finished run.
     - The best checkpoint is found again if the run's folder was moved in between.
+    - Training that had come to its end when it was interrupted makes no further update when it is resumed.
     """
 
     args: RunTrainingArguments
@@ -54,6 +58,7 @@ class RunTrainer(Trainer):
         self._broken_update = torch.full((), NEVER, device=self.args.device)
         self._repeated_batch: Mapping[str, Any] | None = None
         self.in_repeated_batch = False
+        self._had_ended = False
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is not None or self.args.layerwise_lr_decay is None:
@@ -161,15 +166,35 @@ class RunTrainer(Trainer):
             return
         update = int(self.accelerator.gather(self._broken_update.reshape(1)).min())
         if update < NEVER:
-            raise UserError(
-                f"training: the loss is not a finite number at update {update}; lower training.learning_rate (now "
-                f"{self.args.learning_rate:g}) or training.max_grad_norm (now {self.args.max_grad_norm:g}), or use a "
-                "longer training.warmup_steps; checkpoints from before it are kept"
-            )
+            self._end_broken("the loss is not a finite number", update)
+
+    def stop_if_weights_are_broken(self) -> None:
+        """Look for weights that are not finite: an update may break them although its own loss still was finite.
+
+        Raises:
+            UserError: if there are any, on every process.
+        """
+        whole = torch.ones((), dtype=torch.bool, device=self.args.device)
+        assert self.model is not None  # a Trainer is given one
+        for parameter in self.model.parameters():
+            local = parameter.detach()
+            local = local.to_local() if hasattr(local, "to_local") else local  # of a model that processes share
+            whole &= torch.isfinite(local).all().to(whole.device)
+        if not self.accelerator.gather(whole.reshape(1)).all():
+            self._end_broken("weights are not finite numbers", self.state.global_step)
+
+    def _end_broken(self, what: str, update: int) -> None:
+        raise UserError(
+            f"training: {what} at update {update}; lower training.learning_rate (now {self.args.learning_rate:g}) or "
+            f"training.max_grad_norm (now {self.args.max_grad_norm:g}), or use a longer training.warmup_steps; "
+            "checkpoints from before it are kept"
+        )
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._stop_if_broken()
+        if self.control.should_save:
+            self.stop_if_weights_are_broken()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -180,11 +205,33 @@ class RunTrainer(Trainer):
             written = (path for path in Path(output_dir).iterdir() if path.name != CHECKSUMS_NAME)
             write_checksums(Path(output_dir), (path for path in written if path.is_file()))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with writing_to(Path(output_dir or self.run_dir)):
+            super().save_model(output_dir, _internal_call)
+
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
         folder = self.run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # The library goes by dates when it deletes old checkpoints; a clock that was set back would turn them around.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing_to(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.args.should_save and (folder / CHECKSUMS_NAME).exists():
             write_checksums(folder, [folder / TRAINER_STATE_NAME])
+        self.delete_old_checkpoints()
+
+    def delete_old_checkpoints(self) -> None:
+        """Keep `save_total_limit` checkpoints, the newest and the best one among them."""
+        if not self.args.save_total_limit or not self.args.should_save:
+            return
+        best = Path(self.state.best_model_checkpoint or "").name
+        checkpoints = [Path(path) for path in sort_checkpoints(str(self.run_dir))]
+        spare = [path for path in checkpoints[:-1] if path.name != best]
+        for path in spare[: max(0, len(checkpoints) - self.args.save_total_limit)]:
+            with contextlib.suppress(OSError):  # what cannot be deleted takes room, and harms nothing
+                delete_checkpoint(path)
 
     def note_loss_part(self, name: str, part: torch.Tensor) -> None:
         """Add one micro-batch's share of a part of the loss (a scalar), unweighted, to what is logged under `name`."""
@@ -223,23 +270,47 @@ class RunTrainer(Trainer):
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
-    def _load_best_model(self) -> None:
-        # The state stores the path the run had when the checkpoint was written; the folder may have moved since.
-        assert self.state.best_model_checkpoint is not None  # the library calls this only if there is one
-        stored = Path(self.state.best_model_checkpoint)
-        moved = self.run_dir / stored.name
-        if not stored.exists():
-            if not moved.exists():
-                raise UserError(f"{moved}: the best checkpoint of the run is gone; restore it, or use --overwrite")
-            stored = moved
-            self.state.best_model_checkpoint = str(stored)
-        damaged = damaged_file(stored)
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        trained = super()._init_training_state(*args, **kwargs)
+        # The last checkpoint may be one from within an epoch, whose rest the library would train on.
+        stopping = self.state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        without_gain, patience = stopping.get("early_stopping_patience_counter", 0), self.args.early_stopping_patience
+        self._had_ended = self.state.global_step >= self.state.max_steps or (
+            patience is not None and without_gain >= patience
+        )
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            # The state stores the path the run had when the checkpoint was written; the folder may have moved since.
+            best = self.run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self._check_best(best)  # now, and not when everything is trained
+        return trained
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self._had_ended:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _check_best(self, folder: Path) -> None:
+        if not folder.exists():
+            raise UserError(f"{folder}: the best checkpoint of the run is gone; restore it, or use --overwrite")
+        damaged = damaged_file(folder)
         if damaged is not None:
             raise UserError(
-                f"{stored / damaged}: damaged since it was written, and the best weights of the run with it; "
+                f"{folder / damaged}: damaged since it was written, and the best weights of the run with it; "
                 "--overwrite starts again"
             )
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None  # the library calls this only if there is one
+        self._check_best(Path(self.state.best_model_checkpoint))
         super()._load_best_model()
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; what makes it complete goes first, so that none that is half gone is taken for whole."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
@@ -264,5 +335,5 @@ def last_complete_checkpoint(run_dir: str | os.PathLike) -> str | None:
         except (OSError, ValueError, TypeError):
             reason = "it was not written to its end"
         logger.warning(f"{checkpoint} is dropped: {reason}; the run goes on from the one before")
-        shutil.rmtree(checkpoint)
+        delete_checkpoint(Path(checkpoint))
     return None

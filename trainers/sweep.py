@@ -32,8 +32,8 @@ from model_cards.run_folder import is_error
 from model_cards.words import duration
 
 from .arguments import load_yaml, merge
-from .command import CommandParser, run_command
-from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, interruptible, run_cells
+from .command import CommandParser, interruptible, run_command
+from .comparison.cells import Cell, CellFolder, Outcome, Worker, check_recorded, run_cells
 from .comparison.matching import check_recipe, text_task
 from .comparison.plan import DEBUG_SAMPLES, DEBUG_SEEDS, DEBUG_STEPS, build, sample_limits
 from .comparison.results import RunResult, read_run, summary_of, timings

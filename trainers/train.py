@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from .arguments import Recipe, parse_recipe
-from .command import explain
+from .command import explain, interruptible_alone, is_told, print_anything
 from .distributed import on_every_process, on_main_process
 from .errors import UserError
 from .run import prepare_output_dir, say
@@ -44,20 +44,25 @@ def run(recipe: Recipe, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C."""
+    """Entry point. Returns the exit code: 0 on success, 2 for a mistake the user can mend, 130 for Ctrl-C.
+
+    A single process takes SIGTERM like Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     speaks = True
+    print_anything()
     try:
-        recipe = parse_recipe(argv, prog="python -m trainers.train")
-        # From here on all processes of a run fail together, and one of them tells why.
-        speaks = PartialState().is_main_process
-        run(recipe, argv)
+        with interruptible_alone():
+            recipe = parse_recipe(argv, prog="python -m trainers.train")
+            # From here on all processes of a run fail together, and one of them tells why.
+            speaks = PartialState().is_main_process
+            run(recipe, argv)
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume continues the run", file=sys.stderr)
         return 130
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        if "--debug" in argv:
+    except Exception as error:
+        if "--debug" in argv or not is_told(error):
             raise
         if speaks or not isinstance(error, UserError):
             print(f"error: {explain(error, BATCH_OPTION)}", file=sys.stderr)

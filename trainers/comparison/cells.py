@@ -30,7 +30,7 @@ from model_cards.words import duration
 
 from ..errors import UserError
 from ..files import json_text, write_text
-from ..run import finished, first_difference
+from ..run import finished, first_difference, remove_folder
 
 # What a launcher tells its workers; a cell is one process and must not take itself for one of many.
 LAUNCHER_VARIABLES = (
@@ -213,7 +213,7 @@ def run_cell(
         before = folder.outcome(cell) or {}
         return Outcome("reused", float(before.get("seconds", 0.0)))
     if not same and overwrite and run.exists():
-        shutil.rmtree(run)
+        remove_folder(run)
     run.parent.mkdir(parents=True, exist_ok=True)
     recipe = folder.file(cell, "yaml")
     write_text(recipe, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
@@ -233,16 +233,6 @@ def run_cell(
     record = dataclasses.asdict(outcome) | {"ended": time.time()}
     write_text(folder.file(cell, "json"), json_text(record))
     return outcome
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Treat the signal that ends a process politely like Ctrl-C, so that the cell it trains ends with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:
@@ -332,7 +322,8 @@ def run_cells(
             if lock is None:
                 return None
             record = folder.outcome(cell)
-            if record and record["status"] == "failed" and record["ended"] >= begun:
+            # A record from the future is one of before the clock was set back.
+            if record and record["status"] == "failed" and begun <= record["ended"] <= time.time():
                 return Outcome("failed", record["seconds"], record["reason"])  # another worker has just tried it
             return run_cell(folder, cell, worker, lock, overwrite, keep_checkpoints)
 

@@ -1,13 +1,15 @@
 """Where an analysis keeps what it has finished: in memory, or as files that outlive the process.
 
-On disk each part is one safetensors file that appears whole or not at all. A later run of the same analysis finds the
-parts that are there and computes the rest; several processes share the parts of one folder.
+On disk each part is one safetensors file that appears whole or not at all, and knows its checksum. A later run of the
+same analysis finds the parts that are there and undamaged, and computes the rest; several processes share the parts of
+one folder.
 """
 
 import hashlib
 import itertools
 import json
 import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,10 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
-from ..files import replacing
+from ..files import remove_leftovers, replacing, writing_to
 from .capture import LayerTerms
 
 Parts = Mapping[str, torch.Tensor]
+CHECKSUM = "sha256"
 
 
 class Store(ABC):
@@ -72,6 +75,7 @@ class DiskStore(Store):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._known: set[str] = set()  # parts that this process has written or has checked
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -81,11 +85,18 @@ class DiskStore(Store):
         path = self._path(name)
         if not path.exists():
             return False
-        try:
-            with safe_open(path, "pt"):
-                return True
-        except (SafetensorError, OSError):  # shorter than its header says: not what was written
-            return False
+        if name not in self._known:
+            try:
+                with safe_open(path, "pt") as file:
+                    noted, found = (file.metadata() or {}).get(CHECKSUM), _checksum(_FilePart(file))
+            except (SafetensorError, OSError):  # shorter than its header says
+                noted = found = None
+            if noted is None or noted != found:
+                print(f"blocks   {path} is damaged, and is computed again", file=sys.stderr)
+                path.unlink(missing_ok=True)
+                return False
+            self._known.add(name)
+        return True
 
     def save(self, name: str, tensors: Parts) -> None:
         """Keep a part.
@@ -95,13 +106,14 @@ class DiskStore(Store):
         """
         path = self._path(name)
         try:
-            with replacing(path) as aside:
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            with replacing(path) as aside, writing_to(path):
+                save_file(kept, aside, {CHECKSUM: _checksum(kept)})
+            self._known.add(name)
+        except OSError as error:
             raise UserError(
-                f"cannot write {path}: {reason}; the blocks finished before are kept, and the same command goes on"
-                " from them"
+                f"cannot write {path}: {error.strerror}; the blocks finished before are kept, and the same command "
+                "goes on from them"
             ) from error
 
     @contextmanager
@@ -111,8 +123,7 @@ class DiskStore(Store):
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process was writing. No other process may be at work in the folder."""
-        for path in self.folder.glob(".*.safetensors"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
 
     def remove(self) -> None:
         """Delete the folder and all parts."""
@@ -139,6 +150,15 @@ class _FilePart(Mapping[str, torch.Tensor]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._file.keys()  # noqa: SIM118 - the file itself is no container
+
+
+def _checksum(part: Parts) -> str:
+    """SHA-256 over the names and contents of a part's tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(part):
+        digest.update(name.encode())
+        digest.update(part[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack(index: int, terms: LayerTerms, prefix: str = "") -> dict[str, torch.Tensor]:

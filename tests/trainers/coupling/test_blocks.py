@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_finished_blocks(small_blocks, tmp_path, monkeypa
     # A file that was cut short is not taken for finished.
     cut = folder / f"{calls[0]}.safetensors"
     cut.write_bytes(cut.read_bytes()[:-9])
-    (folder / ".gradients-000001.abc.safetensors").write_bytes(b"half")
+    (folder / ".gradients-000001.safetensors.k3_x9ab0.safetensors").write_bytes(b"half")
     found = analyzer.fit(pieces, tmp_path)
     assert found.cost["blocks_found"] == 2
     assert not list(folder.glob(".*"))
