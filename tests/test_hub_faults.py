@@ -5,6 +5,8 @@ The commands run in one process whose Hub is a server on the loopback interface,
 libraries; its pauses between tries are left out, and its time limits shortened to a fraction of a second.
 """
 
+import io
+import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.hub_server import Entry, HubServer, git_blob_oid
 from tests.test_security import PIECES, make_model, write_pieces
@@ -119,6 +122,11 @@ def world(tmp_path_factory) -> Iterator[World]:
 
 CHASE = {"name": "pointer_chase", "options": {"num_symbols": 4, "num_train": 32, "num_validation": 8, "num_test": 8}}
 VANILLA = {"model_type": "vanilla_transformer", **TINY}
+TICKS = {
+    "model_type": "continuous_thought_machine", "iterations": 3, "d_model": 16, "d_input": 8, "heads": 2,
+    "n_synch_out": 8, "n_synch_action": 8, "synapse_depth": 2, "memory_length": 3, "memory_hidden_dims": 4,
+    "backbone_type": "resnet18-1",
+}  # fmt: skip
 
 
 def columns(repo_id: str) -> dict:
@@ -139,6 +147,20 @@ def train_from_embeddings(world: World, name: str, out: Path) -> tuple:
 def train_with_tokenizer(world: World, name: str, out: Path) -> tuple:
     tokenizer = {"name_or_path": world.publish_model(f"ada/{name}")}
     recipe = world.recipe(name, model=VANILLA, task=CHASE, tokenizer=tokenizer, training=TRAINING)
+    return "trainers.train", recipe, "--output_dir", out
+
+
+def train_on_images(world: World, name: str, out: Path) -> tuple:
+    files = {}
+    for split, colour in itertools.product(("train", "test"), ("red", "blue")):
+        for number in range(3):
+            picture = io.BytesIO()
+            Image.new("RGB", (6, 6), colour).save(picture, "png")
+            files[f"{split}/{colour}/{number}.png"] = picture.getvalue()
+    task = {"name": "images", "hub_id": world.publish(f"ada/{name}", files, "dataset")}
+    recipe = world.recipe(
+        name, model=TICKS, task=task, training=TRAINING, evaluation={"shown_examples": 0, "stopping_samples": 0}
+    )
     return "trainers.train", recipe, "--output_dir", out
 
 
@@ -182,11 +204,13 @@ def check_refusal(world: World, words: tuple, name: str, kind: str, place: str, 
     assert not files_in(out)
 
 
-ASKING = (train_on_rows, train_from_embeddings, train_with_tokenizer, evaluate, couple, trace)
+ASKING = (train_on_rows, train_on_images, train_from_embeddings, train_with_tokenizer, evaluate, couple, trace)
 QUICK = ("503", "cut in the middle")
 
 
-@pytest.mark.parametrize("command", ASKING, ids=lambda command: command.__name__)
+@pytest.mark.parametrize(
+    "command", [command for command in ASKING if command is not train_on_images], ids=lambda command: command.__name__
+)
 def test_a_fault_is_told_in_one_line_and_the_command_works_later(world, command):
     name = command.__name__
     out = world.folder / name
@@ -210,6 +234,9 @@ def test_every_fault_in_every_command(world, kind, command):
     words = command(world, name, out)
     for place in (f"/ada/{name}/resolve/", f"/api/.*/ada/{name}"):
         check_refusal(world, words, name, kind, place, out)
+    result = world.run(*words)
+    assert result.code == 0, result.errors
+    assert files_in(out)
 
 
 def test_a_comparison_whose_data_do_not_come_starts_no_run(world):

@@ -71,7 +71,8 @@ def writing_to(place: Path) -> Iterator[None]:
         told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers
         if told is not None:
             raise OSError(int(told[1]), os.strerror(int(told[1])), str(place)) from error
-        if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        words = "inline_container|PytorchStreamWriter|iostream error"  # torch, by how many bytes were missing
+        if isinstance(error, RuntimeError) and re.search(words, str(error)):
             reason = "a file was not written to its end; is the disk full?"
             raise OSError(errno.ENOSPC, reason, str(place)) from error
         raise

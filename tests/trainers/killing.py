@@ -50,6 +50,8 @@ def in_a_copy(work: Callable[[], Any], folder: Path, kill_at: int = 0) -> End:
                 if not opened and event not in CHANGES:
                     return
                 path = arguments[0]
+                if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # relative to an open folder
+                    path = f"{os.readlink(f'/proc/self/fd/{arguments[1]}')}/{path}"
                 if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(str(folder)):
                     operations += 1
                     if operations == kill_at:

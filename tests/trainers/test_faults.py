@@ -1,5 +1,6 @@
 """What breaks while a run is at work: damaged checkpoints, full disks, two runs in one folder, a loss that explodes."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -12,18 +13,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from tests.test_security import make_model, write_pieces
 from trainers import couple, evaluate
+from trainers.command import run_command
 from trainers.coupling.analyzer import CouplingAnalyzer
-from trainers.files import CHECKSUMS_NAME, LOCK_NAME, damaged_file, write_checksums
-from trainers.run_trainer import last_complete_checkpoint
+from trainers.files import CHECKSUMS_NAME, LOCK_NAME, damaged_file, write_checksums, writing_to
+from trainers.run_trainer import RunTrainer, last_complete_checkpoint
 from trainers.train import main
 
+from .killing import in_a_copy
 from .test_train import ROOT, newest_checkpoint, same_tensors, write_recipe
 
 
@@ -32,7 +37,10 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
     """A recipe without early stopping, and the folder of its finished run with three checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     training = {"early_stopping_patience": None, "num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "steps"}
-    recipe = write_recipe(folder, training={**training, "eval_steps": None, "save_steps": 5, "save_total_limit": None})
+    training |= {"eval_steps": None, "save_steps": 5, "save_total_limit": None}
+    # Large enough that weights take more room than the code that is saved beside them.
+    model = {"hidden_size": 48, "connection_rank": 8}
+    recipe = write_recipe(folder, training=training, model=model)
     assert main([str(recipe), "--output_dir", str(folder / "out")]) == 0
     assert len(list((folder / "out").glob("checkpoint-*"))) == 4
     return recipe, folder / "out"
@@ -46,20 +54,37 @@ def unfinished(out: Path, target: Path) -> Path:
     return newest_checkpoint(target)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_damaged_checkpoint_is_dropped(run, tmp_path, name, damage):
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "empty"])
+def test_damaged_checkpoint_is_dropped(run, tmp_path, damage):
+    """Each of its files, one at a time."""
     _, out = run
-    newest = unfinished(out, tmp_path / "out")
-    file = newest / name
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
-    assert last_complete_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-15")
-    assert not newest.exists()
+    newest = newest_checkpoint(out)
+    names = {path.name for path in newest.iterdir()}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < names
+    # Without its list of checksums a checkpoint is one of another tool; there is nothing to compare it with.
+    for name in sorted(names - ({CHECKSUMS_NAME} if damage == "gone" else set())):
+        target = tmp_path / name
+        for folder in (newest, out / "checkpoint-15"):
+            shutil.copytree(folder, target / folder.name)
+        file = target / newest.name / name
+        content = bytearray(file.read_bytes())
+        place = random.Random(name).randrange(len(content))
+        content[place] ^= 1
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes({"flipped": content, "cut": content[:place], "empty": b""}[damage])
+        assert last_complete_checkpoint(target) == str(target / "checkpoint-15"), name
+        assert not file.parent.exists()
+
+
+def test_an_empty_checkpoint_is_dropped(run, tmp_path, caplog):
+    _, out = run
+    shutil.copytree(out / "checkpoint-15", tmp_path / "checkpoint-15")
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-25").touch()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-15")
+    assert "checkpoint-20 is dropped: it was not written to its end" in caplog.text
 
 
 def test_damage_is_told_and_the_run_ends_the_same(run, tmp_path, capsys, caplog):
@@ -137,28 +162,63 @@ def test_exploding_loss_is_told(run, tmp_path, capsys):
     assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "checkpoint-1/model.safetensors").values())
 
 
-def test_disk_that_fills_up(run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("model.safetensors", "File too large"), ("optimizer.pt", "a file was not written to its end; is the disk full?")],
+)
+def test_disk_that_fills_up(run, tmp_path, name, reason):
     """No file may grow beyond a limit of the system: one line, exit code 2; with room again the run ends the same."""
     recipe, out = run
     target = tmp_path / "out"
-    limit = (out / "model.safetensors").stat().st_size + 1000  # room for the weights, not for Adam's two moments
-    command = [sys.executable, "-m", "trainers.train", str(recipe), "--output_dir", str(target)]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    limit = (newest_checkpoint(out) / name).stat().st_size - 1000
+    smaller = [path.name for path in newest_checkpoint(out).iterdir() if path.stat().st_size <= limit]
+    assert "modeling_connection_transformer.py" in smaller
+    assert (name == "model.safetensors") == ("model.safetensors" not in smaller)
+
+    def work() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return main([str(recipe), "--output_dir", str(target)])
+
+    end = in_a_copy(work, target)
+    assert end.code == 2, end.errors
+    assert end.errors.strip().splitlines()[-1] == f"error: {target / 'checkpoint-5'}: {reason}"
     assert not (target / "metrics.json").exists()
     assert main([str(recipe), "--output_dir", str(target), "--resume"]) == 0
     assert same_tensors(target, out)
 
 
+def test_a_file_that_cannot_be_written_is_an_oserror_whichever_library_writes(tmp_path):
+    zeros = {"a": torch.zeros(3000)}
+    tokenizer = Tokenizer(models.WordLevel({"a" * 9000: 0}, unk_token="a"))
+    writers = {
+        "torch": lambda path: torch.save(zeros, path),
+        "safetensors": lambda path: save_file(zeros, path),
+        "tokenizers": lambda path: tokenizer.save(str(path)),
+        "python": lambda path: path.write_text("a" * 9000),
+    }
+
+    def all_fail() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        for name, write in writers.items():
+            with pytest.raises(OSError, match=r"File too large|is the disk full\?"), writing_to(tmp_path / name):
+                write(tmp_path / name)
+
+    end = in_a_copy(all_fail, tmp_path)
+    assert end.code == 0, end.errors
+    with pytest.raises(RuntimeError, match="a bug"), writing_to(tmp_path):
+        raise RuntimeError("a bug")
+
+
+def test_what_the_terminal_cannot_show_is_shown_escaped(monkeypatch):
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="ascii"))
+    assert run_command(lambda: print("run folder  sortie é", flush=True) or 0) == 0
+    assert stream.getvalue().strip() == rb"run folder  sortie \xe9"
+
+
 def test_plain_locale_and_no_cache(tmp_path):
-    """Prompts and folders with letters beyond ASCII under the C locale, and a cache that cannot be made."""
+    """Prompts and folders with letters beyond ASCII under the C locale and in a terminal without them, caches that
+    cannot be made, and another time zone."""
     data = tmp_path / "données"
     data.mkdir()
     rows = [{"question": f"Est-ce né en {year}, à Orléans?", "answer": year % 2 == 0} for year in range(1900, 1920)]
@@ -168,12 +228,16 @@ def test_plain_locale_and_no_cache(tmp_path):
     (tmp_path / "file").write_text("")
     task = {"name": "strategyqa", "data_dir": str(data), "options": {}, "max_source_length": 16}
     recipe = write_recipe(tmp_path, task=task, tokenizer={"vocab_size": 300})
-    environment = {**os.environ, "LC_ALL": "C", "HF_HOME": str(tmp_path / "file" / "cache")}
+    nowhere = str(tmp_path / "file" / "cache")
+    caches = dict.fromkeys(("HF_HOME", "HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"), nowhere)
+    environment = {**os.environ, **caches, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "TZ": "Pacific/Kiritimati"}
     command = [sys.executable, "-m", "trainers.train", str(recipe), "--output_dir", str(tmp_path / "sortie é")]
     result = subprocess.run(
         [*command, "--max_steps", "2"], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert r"run folder  " in result.stdout
+    assert r"sortie \xe9" in result.stdout
     records = [json.loads(line) for line in (tmp_path / "sortie é/predictions.jsonl").read_text("utf-8").splitlines()]
     assert len(records) == 6
 
@@ -241,6 +305,24 @@ def test_killed_coupling_leaves_no_report_and_the_next_is_whole(tmp_path, monkey
     assert sorted(path.name for path in target.iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
+
+
+@pytest.mark.parametrize(("limit", "best", "kept"), [(1, None, {20}), (2, 5, {5, 20}), (3, 5, {5, 15, 20})])
+def test_old_checkpoints_are_deleted_by_update_and_not_by_date(run, tmp_path, limit, best, kept):
+    """The clock was set back before each checkpoint: the newest has the oldest date."""
+    for step in (5, 10, 15, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").touch()
+        os.utime(folder, (2_000_000_000 - 1000 * step,) * 2)
+
+    class Trainer:
+        run_dir = tmp_path
+        args = SimpleNamespace(save_total_limit=limit, should_save=True)
+        state = SimpleNamespace(best_model_checkpoint=best and f"elsewhere/checkpoint-{best}")
+
+    RunTrainer.delete_old_checkpoints(Trainer())
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")} == kept
 
 
 def test_clock_that_goes_backwards(run, tmp_path, monkeypatch):

@@ -240,7 +240,8 @@ class Images(ImageTask):
             raise
         except Exception as error:  # each builder raises its own
             where = "data_dir" if arguments.data_dir is not None else "hub_id"
-            raise UserError(f"task.{where}: cannot load the images: {' '.join(str(error).split())[:300]}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"task.{where}: cannot load the images of {getattr(arguments, where)}: {reason}") from error
         test = self.options.test_split
         for split in ("train", test):
             if split not in loaded:
