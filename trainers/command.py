@@ -32,10 +32,12 @@ def explain(error: BaseException, batch_option: str = "--batch_size") -> str:
         batch_option: what a user makes smaller to need less memory.
     """
     if isinstance(error, UserError):
-        return str(error)
+        # A process that loads data hands an error on with its whole traceback as the message.
+        return re.sub(r"^Caught .* in DataLoader worker process \d+\..*UserError: ", "", str(error)).removesuffix("\\n")
     message = one_line(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+        place = error.filename if error.filename2 is None else error.filename2  # of a copy, where it goes
+        message = ": ".join(str(part) for part in (place, error.strerror) if part is not None)
     elif isinstance(error, torch.OutOfMemoryError):
         message = f"{batch_option}: too large for the device's memory: {message}"
     elif is_dead_worker(error):

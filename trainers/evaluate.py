@@ -37,7 +37,7 @@ from .arguments import check_value
 from .command import CommandParser, run_command
 from .errors import UserError, did_you_mean, one_line
 from .evaluation import decode_predictions, results_table, score_predictions, score_trivial, summarise
-from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text
+from .files import LOCK_NAME, json_text, only_user_of, write_records, write_text, writing_to
 from .loading import language_model_class, load_model, saved_class
 from .recipe_files import parse_yaml
 from .run import empty_folder, read_record, say, versions
@@ -561,7 +561,7 @@ def _answer_all(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done = _read_partial(partial)
     answers, steps = [""] * len(inputs), [-1] * len(inputs)
-    with partial.open("a", encoding="utf-8") as file:
+    with writing_to(partial), partial.open("a", encoding="utf-8") as file:
         for number, batch in enumerate(tqdm(batches, desc="batches", disable=not sys.stderr.isatty())):
             if number not in done:
                 done[number] = list(zip(*generator.answer([inputs[index] for index in batch]), strict=True))

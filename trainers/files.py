@@ -30,11 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     aside = Path(name)
     try:
-        yield aside
-        os.chmod(aside, 0o644)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
-        os.replace(aside, path)
+        with writing_to(path):
+            yield aside
+            os.chmod(aside, 0o644)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())  # a file that has its name is whole, also after a power cut
+            os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -55,17 +56,20 @@ def remove_leftovers(folder: Path, below: bool = False) -> None:
 
 @contextlib.contextmanager
 def writing_to(place: Path) -> Iterator[None]:
-    """Let libraries that are not written in Python fail like Python when a file cannot be written.
+    """Let what fails because a file cannot be written fail like Python's `open`, whichever library writes.
 
     Args:
-        place: the file or folder that is written; the error names it.
+        place: the file or folder that is written.
 
     Raises:
-        OSError: with the system's reason if the library tells it, else with the one that is most likely.
+        OSError: with the name of a file, at least `place`, and with the system's reason if the library tells it, else
+            with the one that is most likely.
     """
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
         raise
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers

@@ -17,18 +17,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from tests.test_security import make_model, write_pieces
+from tests.trainers.tasks.test_thought import images_in
 from trainers import couple, evaluate
-from trainers.command import run_command
+from trainers.command import explain, run_command
 from trainers.coupling.analyzer import CouplingAnalyzer
+from trainers.errors import UserError
 from trainers.files import CHECKSUMS_NAME, LOCK_NAME, damaged_file, write_checksums, writing_to
 from trainers.run_trainer import RunTrainer, last_complete_checkpoint
 from trainers.train import main
 
 from .killing import in_a_copy
+from .test_thought import IMAGES
 from .test_train import ROOT, newest_checkpoint, same_tensors, write_recipe
 
 
@@ -207,6 +211,41 @@ def test_a_file_that_cannot_be_written_is_an_oserror_whichever_library_writes(tm
     assert end.code == 0, end.errors
     with pytest.raises(RuntimeError, match="a bug"), writing_to(tmp_path):
         raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_an_image_damaged_in_the_middle_of_the_data(tmp_path, capsys, damage):
+    images_in(tmp_path / "data", "train", number=6)
+    images_in(tmp_path / "data", "test")
+    file = tmp_path / "data" / "train" / "red" / "3.png"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] if damage == "cut" else bytes(len(content)))
+    recipe = {
+        "model": {"model_type": "continuous_thought_machine", **IMAGES},
+        "task": {"name": "images", "data_dir": str(tmp_path / "data")},
+        "training": {"max_steps": 2, "use_cpu": True, "disable_tqdm": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        "error: local images in a folder for each class, validation, row 10, image: cannot be read as an image"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_mistake_met_by_a_process_that_loads_data_is_one_line():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            raise UserError(f"row {index + 1}: is broken")
+
+    with pytest.raises(UserError) as raised:
+        list(torch.utils.data.DataLoader(Rows(), num_workers=1))
+    assert "Traceback" in str(raised.value)
+    assert explain(raised.value) == "row 1: is broken"
 
 
 def test_what_the_terminal_cannot_show_is_shown_escaped(monkeypatch):

@@ -337,7 +337,7 @@ def test_another_command_in_the_same_folder_is_refused_until_the_first_is_gone(t
     assert not (target / LOCK_NAME).exists()
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--memory", "16MiB"], marks=pytest.mark.long)])
+@pytest.mark.parametrize("options", [[], pytest.param(["--memory", "256MiB"], marks=pytest.mark.long)])
 def test_coupling_killed_at_any_stage_ends_the_same(tmp_path, options):
     """Gradients, inner products, matrices, pictures, page and report, with blocks on disk and without."""
     model, pieces = make_model(tmp_path / "model"), write_pieces(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ..errors import UserError
-from ..files import replacing, writing_to
+from ..files import replacing
 from .pieces import KnowledgePiece
 
 SCHEMA_VERSION = 2
@@ -196,7 +196,7 @@ class Coupling:
             "stream": json.dumps(self.stream),
             "dimension": str(self.dimension),
         }
-        with replacing(path) as aside, writing_to(path):
+        with replacing(path) as aside:
             save_file({name: np.ascontiguousarray(values) for name, values in tensors.items()}, aside, metadata)
         return path
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
-from ..files import remove_leftovers, replacing, writing_to
+from ..files import remove_leftovers, replacing
 from .capture import LayerTerms
 
 Parts = Mapping[str, torch.Tensor]
@@ -107,7 +107,7 @@ class DiskStore(Store):
         path = self._path(name)
         try:
             kept = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            with replacing(path) as aside, writing_to(path):
+            with replacing(path) as aside:
                 save_file(kept, aside, {CHECKSUM: _checksum(kept)})
             self._known.add(name)
         except OSError as error:

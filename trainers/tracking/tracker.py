@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..coupling.capture import evaluation_mode
 from ..errors import UserError
-from ..files import json_line, replacing, write_text, writing_to
+from ..files import json_line, replacing, write_text
 from .arguments import TrackingArguments
 from .capture import merge
 from .gradients import WeightMeter
@@ -298,7 +298,7 @@ class InternalsTracker(TrainerCallback):
             folder = self.folder / "maps"
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{number:08d}.safetensors"
-            with replacing(path) as aside, writing_to(path):
+            with replacing(path) as aside:
                 save_file({name: weights.half().cpu() for name, weights in recorder.maps.items()}, aside)
             self._thin_out(number)
 

@@ -168,7 +168,7 @@ class ImageExamples(ThoughtExamples):
         index = range(len(self))[index]
         try:
             return self.rows[index]["image"].convert("RGB")
-        except (OSError, AttributeError) as error:
+        except Exception as error:  # each decoder raises its own
             raise UserError(f"{self.place(index)}: cannot be read as an image") from error
 
     def place(self, index: int) -> str:

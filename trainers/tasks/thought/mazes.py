@@ -294,7 +294,7 @@ class Mazes(GeneratedTask):
         try:
             with Image.open(file) as image:
                 maze = read_maze(np.asarray(image.convert("RGB")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError) as error:  # the last by the decoder of PNG
             raise UserError(f"{file}: {' '.join(str(error).split())}") from error
         moves = len(maze.route) - 1
         if moves > self.num_positions and self.options.long_routes == "refuse":
