@@ -541,7 +541,10 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool, claim: con
                         f"--output_dir: {folder} holds an evaluation with {name} {then!r}, and now it is {now!r}; "
                         "choose another folder, or --overwrite"
                     )
-            return "metrics.json" in held
+            if "metrics.json" in held:
+                (folder / PARTIAL).unlink(missing_ok=True)  # a kill may have come before it was deleted
+                return True
+            return False
         empty_folder(folder, SETTINGS)
         write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     except (OSError, yaml.YAMLError) as error:
