@@ -29,7 +29,7 @@ PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(page for part in FOLDERS for page in (ROOT / part).rglob("*.md")),
 ]
-PROGRAMS = r"python (-m |push_to_hub)|accelerate launch |pip install |pytest( |$)|\.ci/"
+PROGRAMS = r"python (-m |push_to_hub)|accelerate launch |pip (install|wheel) |pytest( |$)|\.ci/"
 BEGINNING = re.compile(rf"(\w+=\S+ )*({PROGRAMS})|recipes/\S+ --")
 # What stands for something of the reader's, and something of that kind.
 STAND_INS = {
