@@ -268,7 +268,7 @@ STRATEGYQA = {"name": "strategyqa", "options": {}, "max_source_length": 16}
             {},
             "evaluation.num_beams: a model without a decoder answers in one pass; leave it out",
         ),
-        ({"model": {"slot_seed": 2**70}}, {}, "model: "),
+        ({"model": {"slot_seed": 2**70}}, {}, "model.slot_seed: expected a number of at most 63 bits"),
         ({"model": {"hidden_size": 2**30}}, {}, "model: "),
         ({"model": {"decoder_vocab_size": 4, "tie_word_embeddings": False}}, {}, "model.decoder_vocab_size"),
         (
