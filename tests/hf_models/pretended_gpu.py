@@ -79,7 +79,7 @@ def move(model: nn.Module) -> None:
 
 
 def training_step(suite: ModelTests, model_class: type[PreTrainedModel], implementation: str) -> None:
-    """Forward and backward pass in training mode. Raises `FakeTensorDeviceMismatchError` for a tensor on the CPU."""
+    """Forward and backward pass in training mode. Raises `RuntimeError` for a tensor that is left on the CPU."""
     model = suite.build(model_class).train()
     model.set_attn_implementation(implementation)
     batch = suite.inputs(model_class, 3, model.config, suite.padding_sides[0] if suite.padding_sides else None)

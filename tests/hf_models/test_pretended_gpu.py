@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hf_models.pretended_gpu import SUITES, Forgetful
+from tests.hf_models.pretended_gpu import DEVICE, SUITES, Forgetful
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [
@@ -37,4 +37,5 @@ def test_training_step_mixes_no_devices(found, case):
 def test_tensor_left_on_the_cpu_is_noticed(found):
     errors = [error for name, error in found.items() if name.startswith(Forgetful.__name__)]
     assert len(errors) == 2
-    assert all(error.startswith("FakeTensorDeviceMismatchError") for error in errors)
+    # torch's words for it differ from version to version
+    assert all("two" in error and "devices" in error and DEVICE in error and "cpu" in error for error in errors)
