@@ -51,6 +51,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from model_cards.card import CardError, render_card
+from model_cards.run_folder import REPORT_SUFFIXES
 from trainers.errors import UserError
 from trainers.hub import limit_silence
 from trainers.redaction import known_tokens, redact, secrets_in
@@ -68,7 +69,6 @@ OPTIONAL_FILES = (
     "predictions.jsonl",
 )
 REPORT_FOLDERS = ("internals", "coupling", "evaluations")
-REPORT_SUFFIXES = (".json", ".csv", ".png", ".gif", ".html")
 # Where the Hub looks for results of a model on data sets: one YAML file per task, written by `trainers.evaluate`.
 RESULTS_FOLDER = ".eval_results"
 # Parts of a path that never leave, wherever they stand: a Trainer's state and a tracker's logs also consist of JSON.

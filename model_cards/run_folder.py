@@ -11,6 +11,8 @@ import yaml
 
 SCHEMA_VERSION = 1
 REPORT_FOLDERS = ("internals", "coupling")
+# What a report is made of; arrays and records beside it stay on the machine.
+REPORT_SUFFIXES = (".json", ".csv", ".png", ".gif", ".html")
 
 
 class CardError(ValueError):
@@ -138,6 +140,13 @@ class Score:
         return f"{self.show(self.value)} [{self.show(self.low)}, {self.show(self.high)}]"
 
 
+def _read_reports(run_dir: Path) -> tuple[str, ...]:
+    files = (file for folder in REPORT_FOLDERS for file in (run_dir / folder).rglob("*") if file.is_file())
+    paths = (file.relative_to(run_dir) for file in files if file.suffix in REPORT_SUFFIXES)
+    shown = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    return tuple(sorted(shown, key=lambda path: (not path.endswith(".html"), path)))
+
+
 def is_error(metric: str) -> bool:
     """Whether less of a metric is better."""
     return metric.endswith("error")
@@ -156,7 +165,8 @@ class RunFolder:
         path: the folder, as it was given.
         config, recipe, metrics: the content of config.json, recipe.yaml and metrics.json.
         steps: of each line of predictions.jsonl that has steps, their number and whether the answer is right.
-        reports: the files below internals/ and coupling/, as sorted POSIX paths relative to the folder.
+        reports: the reports' files below internals/ and coupling/, as POSIX paths relative to the folder; pages come
+            first, and the rest is sorted.
     """
 
     path: Path
@@ -188,12 +198,7 @@ class RunFolder:
             recipe=Fields(*_load(path / "recipe.yaml", yaml.safe_load)),
             metrics=metrics,
             steps=_read_steps(path / "predictions.jsonl"),
-            reports=tuple(
-                file.relative_to(path).as_posix()
-                for folder in REPORT_FOLDERS
-                for file in sorted((path / folder).rglob("*"))
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ),
+            reports=_read_reports(path),
         )
 
     @property

@@ -528,7 +528,12 @@ def parse_recipe(argv: list[str], prog: str) -> Recipe:
                 help=_help_of(section, name, kind),
                 **optional_value,
             )
-    namespace, unknown = parser.parse_known_args(argv)
+    try:
+        namespace, unknown = parser.parse_known_args(argv)
+    except UserError as error:
+        if named is not None and str(error).endswith("required: recipe"):  # an option took it for its value
+            raise UserError(f"{named}: give the recipe before the options") from error
+        raise
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         shared = owners.get(name)

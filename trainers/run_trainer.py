@@ -14,6 +14,7 @@ from accelerate.utils import find_batch_size, slice_tensors
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint, sort_checkpoints
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .arguments import RunTrainingArguments
@@ -66,7 +67,8 @@ class RunTrainer(Trainer):
         model = self.model if model is None else model
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
         if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & options.keys():
-            raise UserError(f"training.layerwise_lr_decay: {self.args.optim} makes its own parameter groups")
+            name = OptimizerNames(self.args.optim).value
+            raise UserError(f"training.layerwise_lr_decay: {name} makes its own parameter groups")
         groups = layerwise_parameter_groups(
             model,
             self.args.learning_rate,

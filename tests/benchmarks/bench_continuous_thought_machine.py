@@ -31,7 +31,17 @@ from hf_models.continuous_thought_machine import (
 )
 from tests.hf_models.test_continuous_thought_machine import plain_machine
 
-from .measuring import Comparison, in_new_process, interleaved, note, note_growth, note_memory, note_speed, peak_of
+from .measuring import (
+    Comparison,
+    checkpointing,
+    in_new_process,
+    interleaved,
+    note,
+    note_growth,
+    note_memory,
+    note_speed,
+    peak_of,
+)
 
 # Published settings: small mazes, and parity at half its width.
 MAZE = {
@@ -151,10 +161,7 @@ def training_steps(
 
     def fast(recomputing: bool = False) -> None:
         model.zero_grad(set_to_none=False)
-        if recomputing:
-            model.activation_checkpointing_enable()
-        else:
-            model.activation_checkpointing_disable()
+        checkpointing(model, recomputing)
         model(**{name: inputs}, labels=labels).loss.backward()
 
     def plain() -> None:

@@ -24,7 +24,7 @@ from transformers import (
 
 import hf_models  # noqa: F401 - registers the architectures with the Auto classes
 
-from .measuring import in_new_process, note, note_memory, peak_of
+from .measuring import checkpointing, in_new_process, note, note_memory, peak_of
 
 TEXT = {
     "vocab_size": 1000,
@@ -130,9 +130,7 @@ def peak_memory(name: str, checkpointed: bool, precision: str) -> int:
     """Bytes that a training step adds; to be called in a process of its own."""
     torch.set_num_threads(1)
     model, batch = make_model(name), make_batch(name)
-    if checkpointed:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+    checkpointing(model, checkpointed)
     # Gradients and the libraries' buffers come with a step on a single sample.
     loss_of(model, {key: value[:1] for key, value in batch.items()}, precision).backward()
     return peak_of(lambda: loss_of(model, batch, precision).backward())

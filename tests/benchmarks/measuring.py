@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 # Names a file that `note` adds its figures to, one JSON object a line.
 RECORDS = "ADAPTIVE_REASONERS_BENCHMARK_RECORDS"
 
@@ -147,6 +149,13 @@ def peak_of(action: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5")
     action()
     return resident("VmHWM") - before
+
+
+def checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Turn activation checkpointing on or off, by either of the names that versions of the library have for it."""
+    turn = "enable" if enabled else "disable"
+    newer, older = f"activation_checkpointing_{turn}", f"gradient_checkpointing_{turn}"
+    getattr(model, newer if hasattr(model, newer) else older)()
 
 
 def in_new_process(function: Callable, *arguments: Any, method: str = "spawn") -> Any:

@@ -378,6 +378,8 @@ class TestContent:
             "internals/figures/by hop.png",
             "coupling/report.json",
             "internals/.hidden",
+            "internals/maps/step-10.safetensors",
+            "internals/steps.jsonl",
         ):
             (run / name).parent.mkdir(parents=True, exist_ok=True)
             (run / name).write_text("")
@@ -386,7 +388,8 @@ class TestContent:
             (run / "coupling" / "many" / f"{index:02}.json").write_text("")
         reports = section(render_card(run), "Reports")
         assert "- [internals/figures/by hop.png](internals/figures/by%20hop.png)" in reports
-        assert ".hidden" not in reports
+        assert next(line for line in reports.splitlines() if line[:1] == "-").startswith("- [internals/report.html]")
+        assert not any(name in reports for name in (".hidden", "maps", "steps.jsonl"))  # none of these leaves
         assert "- and 13 more files in the same folders" in reports
 
 
@@ -430,7 +433,7 @@ class TestEscaping:
         for folder in (run, clean):
             (folder / "internals").mkdir()
             (folder / "internals" / "report.json").write_text("")
-        (run / "internals" / re.sub(r"[\0/\n\ud800]", "", text)).write_text("")
+        (run / "internals" / (re.sub(r"[\0/\n\ud800]", "", text) + ".json")).write_text("")
         card = render_card(run)
         card.encode("utf-8")
 

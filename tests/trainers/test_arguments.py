@@ -211,6 +211,8 @@ def test_a_second_recipe_is_none(tmp_path):
     other, path = write(tmp_path, "other.yaml", **RECIPE), write(tmp_path, **RECIPE)
     with pytest.raises(UserError, match=r"other.yaml' or .*recipe.yaml': give the recipe before the options"):
         parse_recipe(["--data_dir", str(other), str(path)], prog="train")
+    with pytest.raises(UserError, match=r"other.yaml: give the recipe before the options"):
+        parse_recipe(["--bf16", str(other)], prog="train")
 
 
 def test_text_on_the_command_line_stays_text(tmp_path):

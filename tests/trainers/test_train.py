@@ -505,7 +505,9 @@ def test_layerwise_learning_rate_of_an_optimizer_with_its_own_groups(tmp_path, c
     monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", groups)
     recipe = write_recipe(tmp_path, training={"layerwise_lr_decay": 0.5, "optim": "sgd"})
     assert main([str(recipe), "--output_dir", str(tmp_path / "out")]) == 2
-    assert re.search(r"^error: training.layerwise_lr_decay: .*makes its own parameter groups$", capsys.readouterr().err)
+    assert re.search(
+        r"^error: training.layerwise_lr_decay: [a-z_]+ makes its own parameter groups$", capsys.readouterr().err
+    )
 
 
 def test_the_best_checkpoint_of_a_moved_run_is_found(run, tmp_path):
