@@ -141,10 +141,10 @@ class Score:
 
 
 def _read_reports(run_dir: Path) -> tuple[str, ...]:
-    files = (file for folder in REPORT_FOLDERS for file in (run_dir / folder).rglob("*") if file.is_file())
+    files = (file for folder in REPORT_FOLDERS for file in sorted((run_dir / folder).rglob("*")) if file.is_file())
     paths = (file.relative_to(run_dir) for file in files if file.suffix in REPORT_SUFFIXES)
     shown = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    return tuple(sorted(shown, key=lambda path: (not path.endswith(".html"), path)))
+    return tuple(sorted(shown, key=lambda path: not path.endswith(".html")))
 
 
 def is_error(metric: str) -> bool:
@@ -165,8 +165,8 @@ class RunFolder:
         path: the folder, as it was given.
         config, recipe, metrics: the content of config.json, recipe.yaml and metrics.json.
         steps: of each line of predictions.jsonl that has steps, their number and whether the answer is right.
-        reports: the reports' files below internals/ and coupling/, as POSIX paths relative to the folder; pages come
-            first, and the rest is sorted.
+        reports: the reports' files below internals/ and coupling/, as POSIX paths relative to the folder, pages
+            first.
     """
 
     path: Path
