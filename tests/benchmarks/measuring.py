@@ -125,9 +125,9 @@ def note_growth(
     for form in actions[sizes[0]]:
         medians = [comparison.median(f"{size} {form}") for size in sizes]
         slopes[form] = slope(sizes, medians)
-        figures = ", ".join(f"{size:,} {significant(value)} s" for size, value in zip(sizes, medians, strict=True))
+        figures = ", ".join(f"{size:,}: {significant(value)} s" for size, value in zip(sizes, medians, strict=True))
         note(
-            f"{what}, {form} against {size_name}: {figures}; slope {slopes[form]:.2f}",
+            f"{what}, {form}, against {size_name} {figures}; slope {slopes[form]:.2f}",
             what=what,
             form=form,
             sizes=sizes,
