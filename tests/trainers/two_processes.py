@@ -7,6 +7,7 @@ the models of `SHARDED` are sharded over the processes by FSDP2, and `FOLDER/sha
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,11 @@ def run(folder: Path) -> None:
     sharded = {name: shard(name) for name in SHARDED}
     if distributed.get_rank() == 0:
         (folder / "sharded.json").write_text(json.dumps(sharded))
-    distributed.destroy_process_group()
+    distributed.barrier()
+    sys.stdout.flush()
+    # All is done and written. Threads of the library that still run have been seen to abort a process that takes
+    # everything down in order.
+    os._exit(0)
 
 
 if __name__ == "__main__":
