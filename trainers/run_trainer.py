@@ -7,7 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import find_batch_size, slice_tensors
@@ -275,7 +275,8 @@ class RunTrainer(Trainer):
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
         trained = super()._init_training_state(*args, **kwargs)
         # The last checkpoint may be one from within an epoch, whose rest the library would train on.
-        stopping = self.state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        callbacks = cast(dict[str, Any], self.state.stateful_callbacks)
+        stopping = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
         without_gain, patience = stopping.get("early_stopping_patience_counter", 0), self.args.early_stopping_patience
         self._had_ended = self.state.global_step >= self.state.max_steps or (
             patience is not None and without_gain >= patience
