@@ -7,9 +7,11 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.utils.data import dataloader
 
 from .errors import UserError, one_line
 
@@ -35,16 +37,16 @@ def explain(error: BaseException, batch_option: str = "--batch_size") -> str:
         # A process that loads data hands an error on with its whole traceback as the message.
         return re.sub(r"^Caught .* in DataLoader worker process \d+\..*UserError: ", "", str(error)).removesuffix("\\n")
     message = one_line(error)
-    if isinstance(error, OSError) and error.strerror is not None:
-        place = error.filename if error.filename2 is None else error.filename2  # of a copy, where it goes
-        message = ": ".join(str(part) for part in (place, error.strerror) if part is not None)
-    elif isinstance(error, torch.OutOfMemoryError):
-        message = f"{batch_option}: too large for the device's memory: {message}"
-    elif is_dead_worker(error):
+    if is_dead_worker(error):
         message = (
             "a process that loads data (training.dataloader_num_workers) ended, perhaps for want of memory; --resume "
             f"goes on from the last checkpoint: {message}"
         )
+    elif isinstance(error, OSError) and error.strerror is not None:
+        place = error.filename if error.filename2 is None else error.filename2  # of a copy, where it goes
+        message = ": ".join(str(part) for part in (place, error.strerror) if part is not None)
+    elif isinstance(error, torch.OutOfMemoryError):
+        message = f"{batch_option}: too large for the device's memory: {message}"
     return str(UserError(message))
 
 
@@ -55,7 +57,13 @@ def is_told(error: BaseException) -> bool:
 
 def is_dead_worker(error: BaseException) -> bool:
     """Whether a process that loads data ended unasked; torch has no class of its own for that."""
-    return isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid", str(error)) is not None
+    if isinstance(error, RuntimeError):
+        return re.match(r"DataLoader worker \(pid", str(error)) is not None
+    # It may also end while it hands its data over.
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ConnectionError | EOFError) and any(
+        code.co_filename == dataloader.__file__ and code.co_name == "_try_get_data" for code in frames
+    )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """What every command does alike: one line and an exit code, whatever ends it."""
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from trainers.command import CommandParser, run_command
 from trainers.errors import UserError
@@ -28,6 +31,22 @@ def test_what_ends_a_command_is_told_in_one_line(capsys, error, code, shown):
     told = capsys.readouterr().err.strip()
     assert told.startswith(shown)
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_process_that_dies_while_it_hands_data_over(capsys, broken):
+    """The connection to it breaks, which is another error than that it is gone."""
+    loader = iter(DataLoader(range(4), num_workers=1))
+
+    def work() -> None:
+        with mock.patch.object(loader._data_queue, "get", side_effect=broken):
+            next(loader)
+
+    assert run_command(work) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: a process that loads data (training.dataloader_num_workers) ended")
+    assert run_command(ending(ConnectionResetError(104, "Connection reset by peer"))) == 2
+    assert capsys.readouterr().err.strip() == "error: Connection reset by peer"
 
 
 def test_the_code_of_the_work_is_returned():
