@@ -215,9 +215,13 @@ def test_a_signal_ends_a_run_in_one_line_and_it_goes_on(whole, tmp_path, number)
             os.kill(os.getpid(), number)
         return real(self, *arguments, **options)
 
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it from birth
+        return main([*command, str(target)])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunTrainer, "training_step", step)
-        end = in_a_copy(lambda: main([*command, str(target)]), target)
+        end = in_a_copy(work, target)
     assert end.code == 130
     assert end.errors.strip().splitlines()[-1] == "interrupted; the same command with --resume continues the run"
     assert "Traceback" not in end.errors
