@@ -28,6 +28,7 @@ import hf_models  # noqa: F401 - registers our own architectures with the Auto c
 
 from .errors import UserError, one_line
 from .hub import NO_PICKLES, PICKLED_WEIGHTS, into_cache
+from .thought import baselines  # noqa: F401 - registers what the machines are compared with
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +212,14 @@ def test_home_folders_are_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert os.path.expanduser("~") == str(tmp_path)
     assert len(load_model("~/run", device="cpu")[1]) == 9
+
+
+def test_the_baselines_of_the_machines_are_known(tmp_path):
+    """In a new process, which has trained none of them."""
+    config = AutoConfig.for_model("thought_lstm", width=8, iterations=2, d_model=8, d_input=8, heads=2, num_labels=4)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    code = "import sys; from trainers.loading import load_model; "
+    code += "print(type(load_model(sys.argv[1], needs_tokenizer=False)[0]).__name__)"
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True)
+    assert child.stdout.split() == ["ThoughtLSTMModel"], child.stderr
