@@ -369,6 +369,8 @@ def build_options(options_class: type, values: Mapping[str, Any]) -> Any:
             raise UserError(f"task.options: unknown option {name!r}{did_you_mean(str(name), known)}; {rule}")
         if isinstance(values[name], float) and not math.isfinite(values[name]):
             raise UserError(f"task.options: {name} is {values[name]}; it must be a finite number")
+        if isinstance(values[name], int) and abs(values[name]) >= 2**63:  # more than a sequence can hold
+            raise UserError(f"task.options: {name} is {values[name]}; it must be a number of at most 63 bits")
     try:
         return options_class(**values)
     except StrictDataclassError as error:

@@ -110,3 +110,10 @@ def test_any_options(name, data):
 @given(data=st.data())
 def test_any_options_at_length(name, data):
     check(name, data)
+
+
+@pytest.mark.parametrize("name", ["flood_fill", "pointer_chase"])
+def test_more_examples_than_a_sequence_holds(name):
+    for number in (2**63, -(2**63)):
+        with pytest.raises(UserError, match=r"num_train is -?\d+; it must be a number of at most 63 bits$"):
+            build(name, sizes(name) | {"num_train": number})
