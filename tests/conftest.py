@@ -46,9 +46,13 @@ os.environ.update(
 # Children inherit it; more threads only cost time on models this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# The same examples in every run; `--hypothesis-profile default` draws others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 pytest.register_assert_rewrite("tests.hf_models.model_tests")
 
 
