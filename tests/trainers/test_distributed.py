@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.trainers.test_thought import TINY
 from tests.trainers.two_processes import SHARDED
 from trainers.train import main
 
@@ -43,16 +44,9 @@ TEXT = {
 }
 CHASE = {"num_symbols": 6, "max_hops": 2, "num_validation": 21, "num_test": 43}
 TICKS = {
+    **TINY,
     "model_type": "continuous_thought_machine",
     "iterations": 8,
-    "d_model": 16,
-    "d_input": 8,
-    "heads": 2,
-    "n_synch_out": 8,
-    "n_synch_action": 8,
-    "synapse_depth": 1,
-    "memory_length": 3,
-    "memory_hidden_dims": 4,
     "certainty_check_interval": 1,
     "positional_embedding_type": "none",
 }

@@ -230,6 +230,12 @@ def test_a_signal_ends_a_run_in_one_line_and_it_goes_on(whole, tmp_path, number)
     assert_same_end(target, out)
 
 
+def assert_goes_on_from_the_last_whole_checkpoint(command, target, out) -> None:
+    assert {path.name for path in target.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    resumed(command, target)
+    assert_same_end(target, out)
+
+
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_loss_that_is_no_number_is_told_and_the_run_goes_on_from_before_it(whole, tmp_path, capsys, kind):
     command, out = whole(kind)
@@ -246,9 +252,7 @@ def test_a_loss_that_is_no_number_is_told_and_the_run_goes_on_from_before_it(who
         assert main([*command, str(target)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: training: the loss is not a finite number at update 5; lower training.learning_rate" in last
-    assert {path.name for path in target.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    resumed(command, target)
-    assert_same_end(target, out)
+    assert_goes_on_from_the_last_whole_checkpoint(command, target, out)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(whole, tmp_path, capsys):
@@ -267,9 +271,7 @@ def test_weights_that_are_no_numbers_are_not_saved(whole, tmp_path, capsys):
         patch.setattr(RunTrainer, "training_step", step)
         assert main([*command, str(target)]) == 2
     assert "training: weights are not finite numbers at update 6;" in capsys.readouterr().err
-    assert {path.name for path in target.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-    resumed(command, target)
-    assert_same_end(target, out)
+    assert_goes_on_from_the_last_whole_checkpoint(command, target, out)
 
 
 def test_a_process_that_loads_data_dies(whole, tmp_path, capsys):

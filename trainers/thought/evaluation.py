@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..run_trainer import IGNORED_LABEL
 from ..statistics import proportion
 from ..tasks.thought import ThoughtExamples, ThoughtTask
 
-IGNORED_LABEL = -100
 NOTHING = 0
 CALIBRATION_BINS = 15
 
